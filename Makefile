@@ -1,0 +1,46 @@
+# Every target creates and reuses .venv by itself: a fresh clone with Python 3.11+, git and make is enough.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,$(shell \
+	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
+BIN := .venv/bin
+
+.PHONY: demo test test-quick lint bench docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo        train the example on generated scenes and print its table (under 5 minutes)"
+	@echo "make test        lint, types and all tests, doctests and the built wheel (under 15 minutes)"
+	@echo "make test-quick  the tests that are not marked slow (under 5 minutes)"
+	@echo "make lint        ruff and mypy"
+	@echo "make bench       speed, memory and accuracy of the library on this machine"
+	@echo "make docs        build the documentation"
+	@echo "make clean       remove .venv and everything built"
+
+.venv/installed-%: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "dlprop needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+demo: .venv/installed-example
+	$(BIN)/python -m examples.derprop_voc demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-quick: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed-bench
+	$(BIN)/python -m benchmarks
+
+docs: .venv/installed-docs
+	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+
+clean:
+	rm -rf .venv build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
