@@ -1,0 +1,22 @@
+"""Label-propagation primitives for semantic segmentation, linear in the number of pixels.
+
+`DerivativeLabelPropagation` carries class logits along the derivative similarities of pixel features, `DerivativeLoss`
+shapes those features, and `MomentumAverager` averages the network that makes them. From the paper "Semi-Supervised
+Semantic Segmentation via Derivative Label Propagation" (DerProp).
+"""
+
+from .averaging import MomentumAverager
+from .difference import finite_difference
+from .loss import DerivativeLoss
+from .propagation import DerivativeLabelPropagation
+from .similarity import derivative_similarity
+
+__all__ = [
+    "DerivativeLabelPropagation",
+    "DerivativeLoss",
+    "MomentumAverager",
+    "derivative_similarity",
+    "finite_difference",
+]
+
+__version__ = "0.1.0"

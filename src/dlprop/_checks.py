@@ -1,0 +1,149 @@
+"""Argument checks whose errors name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+
+def integer(name: str, value: Any, minimum: int | None = None) -> int:
+    """Return ``value`` as an int of at least ``minimum``; bools and floats are not integers here."""
+    if isinstance(value, (bool, float)) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def optional_integer(name: str, value: Any, minimum: int) -> int | None:
+    """Like `integer`, with None allowed."""
+    return None if value is None else integer(name, value, minimum)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Return ``value`` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
+    return value
+
+
+def real(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> float:
+    """Return ``value`` as a finite float in ``[minimum, maximum]``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__} {value!r}")
+    number = float(value)
+    if not (math.isfinite(number) and minimum <= number <= maximum):
+        allowed = "finite" if minimum == -math.inf else f"in [{minimum:g}, {maximum:g}]"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+    return number
+
+
+def choice(name: str, value: Any, literal: Any) -> Any:
+    """Return ``value`` if it is one of the values of a `Literal` type."""
+    options = get_args(literal)
+    if not (value is None or isinstance(value, str)):
+        raise TypeError(f"{name} must be one of {options}, got {type(value).__name__} {value!r}")
+    if value not in options:
+        raise ValueError(f"{name} must be one of {options}, got {value!r}")
+    return value
+
+
+def order_weights(weights: Sequence[float] | None, max_order: int) -> tuple[float, ...] | None:
+    """Return the weights of the orders 0..max_order as a tuple of floats, or None."""
+    if weights is None:
+        return None
+    if isinstance(weights, (str, bytes, Tensor)) or not isinstance(weights, Sequence):
+        raise TypeError(f"weights must be a sequence of {max_order + 1} floats or None, got {type(weights).__name__}")
+    if len(weights) != max_order + 1:
+        raise ValueError(
+            f"weights must hold max_order + 1 = {max_order + 1} floats, one for each order, got {len(weights)}"
+        )
+    return tuple(real(f"weights[{q}]", w) for q, w in enumerate(weights))
+
+
+def floating(name: str, x: Any) -> None:
+    """Raise unless ``x`` is a floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}; convert it with {name}.float()")
+
+
+def pixels(name: str, x: Any, axes: str = "N, D, H, W") -> None:
+    """Raise unless ``x`` is a floating tensor (N, D, H, W) or (N, D, M) with no empty axis but the batch."""
+    floating(name, x)
+    if x.ndim not in (3, 4):
+        flat = axes.replace("H, W", "M")
+        raise ValueError(f"{name} must have shape ({axes}) or ({flat}), got {tuple(x.shape)}")
+    if any(size < 1 for size in x.shape[1:]):
+        raise ValueError(f"{name} must have sizes of at least 1 in every axis but the batch, got {tuple(x.shape)}")
+
+
+def same_device(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    """Raise unless both tensors are on one device."""
+    if x.device != y.device:
+        raise ValueError(f"{name} and {other} must be on one device, got {x.device} and {y.device}")
+
+
+def same_kind(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    """Raise unless both tensors share device, batch, rank and, outside autocast, dtype."""
+    same_device(name, x, other, y)
+    if x.dtype != y.dtype and not autocast_enabled(x):
+        raise TypeError(f"{name} and {other} must have one dtype outside autocast, got {x.dtype} and {y.dtype}")
+    if x.ndim != y.ndim:
+        raise ValueError(
+            f"{name} and {other} must both be (N, _, H, W) or both be flat (N, _, M), "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    same_batch(name, x, other, y)
+
+
+def same_batch(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    """Raise unless both tensors have one batch size N: batches never broadcast."""
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"{name} and {other} must have the same batch size N, got {x.shape[0]} and {y.shape[0]}; "
+            "batches do not broadcast, use expand() if that is meant"
+        )
+
+
+def same_channels(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    """Raise unless both tensors have D channels."""
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"{name} and {other} must have the same channels D, got {x.shape[1]} and {y.shape[1]}")
+
+
+def pixel_mask(mask: Any, name: str, shape: Sequence[int], x: Tensor) -> None:
+    """Raise unless ``mask`` is a bool tensor of the given shape, the grid of ``x``, on its device."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must have dtype torch.bool, got {mask.dtype}; use for instance mask != 0")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"mask must have the grid of {name}, shape {tuple(shape)}, got {tuple(mask.shape)}")
+    same_device("mask", mask, name, x)
+
+
+def enough_channels(name: str, D: int, order: int, step: int, scheme: str) -> None:
+    """Raise unless a difference of ``order`` leaves at least one of ``D`` channels."""
+    if order * step >= D:
+        raise ValueError(
+            f"{name} must have more than order * step = {order} * {step} = {order * step} channels "
+            f"for order {order} of scheme {scheme!r}, got D = {D}; lower the order or widen the features"
+        )
+
+
+def values_are_known(x: Tensor) -> bool:
+    """Whether looking at the values of ``x`` costs no host sync and breaks no graph: eager tensors on the CPU."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
