@@ -1,0 +1,357 @@
+"""The pairwise derivative loss: similarities of every order drawn to those of labels or of another view."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks
+from ._kernels import dense
+from ._ops import Backend, check_backend, pairwise_l1, pairwise_l1_cross
+from .difference import STEP, Scheme, difference
+from .features import Normalize, flatten, full_precision, normalize_features, sample_nearest
+
+__all__ = ["DerivativeLoss", "derivative_loss"]
+
+Norm = Literal["l1", "frobenius"]
+Reduction = Literal["none", "mean", "sum"]
+
+# Ignored pixels carry this label inside the kernels, where it equals nothing.
+IGNORED = -1
+
+
+def derivative_loss(
+    feats: Tensor,
+    target: Tensor,
+    *,
+    mask: Tensor | None = None,
+    max_order: int = 1,
+    eta: float = 0.5,
+    norm: Norm = "l1",
+    scheme: Scheme = "forward",
+    normalize: Normalize = "l1",
+    ignore_index: int = 255,
+    reduction: Reduction = "mean",
+    align_corners: bool = True,
+    num_anchors: int | None = None,
+    chunk_size: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Distance of the derivative similarities of `feats` to a target's, plus a sparsity term.
+
+    `\sum_{q=0}^{Q} \sum_ij |S_q(i, j) - G_q(i, j)| + eta \sum |A_{Q+1} V|`, with `S_q = (A_q V)^T (A_q V)` and
+
+    - labelled form (`target` integer): `G_q(i, j) = 1` where the labels of pixels i and j are equal, else 0,
+    - consistency form (`target` floating): `G_q = (A_q V')^T (A_q V')` of the target features `V'`, without gradient.
+
+    No M x M matrix is formed: value and gradient come from one pass over tiles.
+
+    Args:
+        feats: features `V`, floating, `(N, D, H, W)` or `(N, D, M)`.
+        target: integer labels `(N, H', W')` (or `(N, M)` with flat features), each `>= 0` or equal to `ignore_index`
+            and compared only for equality; or features of the shape of `feats`. Labels on another grid are sampled at
+            the points of the features.
+        mask: bool on the target's grid; False pixels are ignored, in both forms.
+        max_order: highest order `Q` of the difference in the pair terms; the sparsity term has order `Q + 1`.
+        eta: weight of the sparsity term, `>= 0`.
+        norm: "l1", the paper's, or "frobenius", the squared residuals in time linear in M (the sparsity term stays L1).
+        scheme: "forward", "central", "sum" or "laplacian", see `finite_difference`.
+        normalize: "l1", "l2", "softmax" (all over channels) or None.
+        ignore_index: label whose pixels are ignored. Ignored pixels leave the pair terms only; the sparsity term runs
+            over all pixels.
+        reduction: "none" gives one value an image: each order's mean over its valid pairs, summed over orders, plus
+            eta times the sparsity's mean over elements; "mean" is the mean of these over the batch; "sum" is the
+            formula above summed over images.
+        align_corners: how labels on another grid are sampled: row `round(i (H' - 1) / (H - 1))` if True, else
+            `floor((i + 1/2) H' / H)`.
+        num_anchors: compare all pixels with `K` target pixels only, drawn anew at each call without replacement from
+            torch's default generator: unbiased, O(M K D). Not with "frobenius".
+        chunk_size: tile edge in pixels; None chooses by device.
+        backend: "auto", "dense" (the M x M matrices, for reference), "tiled" or "triton".
+
+    Returns:
+        A scalar, or `(N,)` with reduction "none", in the dtype of `feats` but at least float32. With no valid pair the
+        pair terms are 0 with zero gradient; an empty batch gives 0. Differentiating twice raises.
+
+    Raises:
+        TypeError: `feats` not floating, a floating target of another dtype outside autocast, a mask that is not bool,
+            options of the wrong type.
+        ValueError: shapes, batches or devices that disagree, `(Q + 1) * step >= D`, negative labels other than
+            `ignore_index` (CPU, eager mode), `eta < 0`, unknown options, `num_anchors` with "frobenius", or a backend
+            that cannot run here.
+
+    Cost:
+        "l1": time 4 M^2 D an image and order, value and gradient together, memory O(M D).
+        "frobenius": time O(M D^2), memory O(M D). With `num_anchors=K`: time O(M K D).
+
+    Example:
+        >>> feats = torch.eye(3)[None]  # N=1, D=3, M=3: three pixels on three channels
+        >>> derivative_loss(feats, torch.tensor([[0, 1, 2]]), eta=0.0, max_order=0)  # S is already Y^T Y
+        tensor(0.)
+        >>> derivative_loss(feats, torch.tensor([[0, 0, 255]]), eta=0.0, max_order=0, reduction="sum")
+        tensor(2.)
+
+    Reference:
+        DerProp, Eq. 3, 8 and 9.
+    """
+    _check_options(
+        max_order,
+        eta,
+        norm,
+        scheme,
+        normalize,
+        ignore_index,
+        reduction,
+        align_corners,
+        num_anchors,
+        chunk_size,
+        backend,
+    )
+    _check_tensors(feats, target, mask, max_order, scheme, ignore_index)
+    check_backend(backend, feats)
+
+    with full_precision(feats):
+        V = normalize_features(flatten(feats), normalize)
+        N, _, M = V.shape
+        if target.is_floating_point():
+            G = normalize_features(flatten(target.detach()), normalize).to(V.dtype)
+            valid = None if mask is None else mask.reshape(N, M)
+        else:
+            G, valid = _labels(target, mask, feats, ignore_index, align_corners)
+        anchors = None if num_anchors is None or num_anchors >= M else _draw(num_anchors, V)
+
+        pair_sums = V.new_zeros(N)
+        for q in range(max_order + 1):
+            a = _on_valid(difference(V, q, 1, scheme), valid)
+            g = _on_valid(difference(G, q, 1, scheme), valid) if G.is_floating_point() else G
+            if norm == "frobenius":
+                pair_sums = pair_sums + (_dense_frobenius(a, g) if backend == "dense" else _frobenius(a, g))
+            elif anchors is not None:
+                pair_sums = pair_sums + _sampled_l1(a, g, anchors, chunk_size, backend)
+            else:
+                pair_sums = pair_sums + _l1(a, g, chunk_size, backend)
+        sparsity = difference(V, max_order + 1, 1, scheme).abs()
+
+        if reduction == "sum":
+            return pair_sums.sum() + eta * sparsity.sum()
+        pairs = V.new_full((N,), M) if valid is None else valid.sum(dim=1).to(V.dtype)
+        per_image = pair_sums / pairs.square().clamp_min(1) + eta * sparsity.mean(dim=(1, 2))
+        return per_image if reduction == "none" else per_image.sum() / max(N, 1)
+
+
+class DerivativeLoss(nn.Module):
+    """The pairwise derivative loss as a Module: options at construction, tensors at the call.
+
+    It has no parameters, no buffers and no state_dict keys. See `derivative_loss` for the formula, every option, the
+    errors and the cost.
+
+    Example:
+        >>> loss = DerivativeLoss()
+        >>> feats = torch.rand(2, 64, 33, 33, requires_grad=True)
+        >>> labels = torch.randint(0, 21, (2, 129, 129))
+        >>> loss(feats, labels).backward()  # labelled form
+        >>> loss(feats, torch.rand(2, 64, 33, 33)).ndim  # consistency with another view's features
+        0
+
+    Reference:
+        DerProp, Eq. 3, 8 and 9.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_order: int = 1,
+        eta: float = 0.5,
+        norm: Norm = "l1",
+        scheme: Scheme = "forward",
+        normalize: Normalize = "l1",
+        ignore_index: int = 255,
+        reduction: Reduction = "mean",
+        align_corners: bool = True,
+        num_anchors: int | None = None,
+        chunk_size: int | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = _check_options(
+            max_order, eta, norm, scheme, normalize, ignore_index, reduction, align_corners, num_anchors, chunk_size,
+            backend,
+        )  # fmt: skip
+
+    def forward(self, feats: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """The loss of ``feats`` against labels or features; see `derivative_loss`."""
+        return derivative_loss(feats, target, mask=mask, **self.options)
+
+    def extra_repr(self) -> str:
+        """The options, for print."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pair terms of one order, (N,), for differences a (N, D, M) against features g (N, E, M) or labels g (N, M).
+
+
+def _l1(a: Tensor, g: Tensor, chunk_size: int | None, backend: str) -> Tensor:
+    """`sum_ij |a_i . a_j - G_ij|`."""
+    return pairwise_l1(a, g, chunk_size, backend)
+
+
+def _sampled_l1(a: Tensor, g: Tensor, anchors: Tensor, chunk_size: int | None, backend: str) -> Tensor:
+    """`M / K sum_ik |a_i . a_k - G_ik|` over the anchors k."""
+    c = _take(a, anchors)
+    h = _take(g, anchors) if g.is_floating_point() else g.gather(1, anchors)
+    return pairwise_l1_cross(a, c, g, h, chunk_size, backend) * (a.shape[2] / anchors.shape[1])
+
+
+def _frobenius(a: Tensor, g: Tensor) -> Tensor:
+    """`||a^T a - G||_F^2` from D x D products, in time linear in the pixels.
+
+    Against features it is written in their difference `E = a - g` and sum `T = a + g`:
+    `a^T a - g^T g = (E^T T + T^T E) / 2`, so `(<E E^T, T T^T> + tr(E T^T E T^T)) / 2`. Each term is of the size of
+    the result, where `||a a^T||^2 - 2 ||a g^T||^2 + ||g g^T||^2` would cancel once the two are close.
+    """
+    if g.is_floating_point():
+        E, T = a - g, a + g
+        ET = E @ T.mT
+        total = ((E @ E.mT) * (T @ T.mT)).sum(dim=(1, 2)) + (ET * ET.mT).sum(dim=(1, 2))
+        return (total / 2).clamp_min(0)
+    sums, counts = _class_sums(a, g)
+    gram = a @ a.mT
+    squares = gram.square().sum(dim=(1, 2)) - 2 * sums.square().sum(dim=(1, 2)) + counts.square().sum(dim=1)
+    return squares.clamp_min(0)
+
+
+def _dense_frobenius(a: Tensor, g: Tensor) -> Tensor:
+    return (a.mT @ a - dense.target_similarity(g, g, a.dtype)).square().sum(dim=(1, 2))
+
+
+def _class_sums(a: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the columns of ``a`` and the number of pixels of every class, (N, D, M) and (N, M).
+
+    Labels are compared, never used as an index: sorted, they number their classes themselves, at most M of them.
+    """
+    ordered, pixels = labels.sort(dim=1)
+    is_new = torch.ones_like(ordered)
+    is_new[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).long()
+    classes = torch.empty_like(labels).scatter(1, pixels, is_new.cumsum(dim=1) - 1)
+    counts = torch.zeros_like(a[:, 0]).scatter_add(1, classes, (labels != IGNORED).to(a.dtype))
+    sums = torch.zeros_like(a).scatter_add(2, classes[:, None].expand_as(a), a)
+    return sums, counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _labels(
+    target: Tensor, mask: Tensor | None, feats: Tensor, ignore_index: int, align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    """Labels (N, M) at the points of the features, `IGNORED` where they do not count, and where they do."""
+    if feats.ndim == 4:
+        target = sample_nearest(target, feats.shape[2:], align_corners)
+        mask = None if mask is None else sample_nearest(mask, feats.shape[2:], align_corners)
+    labels = target.flatten(1).long()  # before comparing: a uint8 map would wrap a negative ignore_index
+    valid = labels != ignore_index
+    if mask is not None:
+        valid = valid & mask.flatten(1)
+    return torch.where(valid, labels, IGNORED), valid
+
+
+def _draw(num_anchors: int, V: Tensor) -> Tensor:
+    """``num_anchors`` distinct pixels of every image, (N, K), from the default generator of the device."""
+    return torch.rand(V.shape[0], V.shape[2], device=V.device).topk(num_anchors, dim=1, sorted=False).indices
+
+
+def _take(x: Tensor, pixels: Tensor) -> Tensor:
+    return x.gather(2, pixels[:, None, :].expand(-1, x.shape[1], -1))
+
+
+def _on_valid(x: Tensor, valid: Tensor | None) -> Tensor:
+    """``x`` (N, D, M) with zeros for ignored pixels, whose residuals and gradients then vanish, NaN or not."""
+    return x if valid is None else torch.where(valid[:, None], x, 0)
+
+
+def _check_options(
+    max_order: int,
+    eta: float,
+    norm: str,
+    scheme: str,
+    normalize: str | None,
+    ignore_index: int,
+    reduction: str,
+    align_corners: bool,
+    num_anchors: int | None,
+    chunk_size: int | None,
+    backend: str,
+) -> dict[str, Any]:
+    """Check every option and return them by name."""
+    options = {
+        "max_order": _checks.integer("max_order", max_order, 0),
+        "eta": _checks.real("eta", eta, 0.0),
+        "norm": _checks.choice("norm", norm, Norm),
+        "scheme": _checks.choice("scheme", scheme, Scheme),
+        "normalize": _checks.choice("normalize", normalize, Normalize),
+        "ignore_index": _checks.integer("ignore_index", ignore_index),
+        "reduction": _checks.choice("reduction", reduction, Reduction),
+        "align_corners": _checks.boolean("align_corners", align_corners),
+        "num_anchors": _checks.optional_integer("num_anchors", num_anchors, 1),
+        "chunk_size": _checks.optional_integer("chunk_size", chunk_size, 1),
+        "backend": _checks.choice("backend", backend, Backend),
+    }
+    if norm == "frobenius" and num_anchors is not None:
+        raise ValueError(
+            f"num_anchors must be None with norm='frobenius', which is linear in the pixels anyway, got {num_anchors}"
+        )
+    return options
+
+
+def _check_tensors(
+    feats: Tensor, target: Tensor, mask: Tensor | None, max_order: int, scheme: Scheme, ignore_index: int
+) -> None:
+    _checks.pixels("feats", feats)
+    D = feats.shape[1]
+    if (max_order + 1) * STEP[scheme] >= D:
+        raise ValueError(
+            f"feats must have more than (max_order + 1) * step = {(max_order + 1) * STEP[scheme]} channels for the "
+            f"sparsity term of scheme {scheme!r}, got D = {D}; lower max_order or widen the features"
+        )
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor of labels or of features, got {type(target).__name__}")
+    if target.is_floating_point():
+        _checks.same_kind("feats", feats, "target", target)
+        if target.shape != feats.shape:
+            raise ValueError(
+                f"a floating target must have the shape of feats, {tuple(feats.shape)}, got {tuple(target.shape)}; "
+                "labels must have an integer dtype"
+            )
+        grid = (feats.shape[0], *feats.shape[2:])
+    else:
+        if target.dtype == torch.bool or target.is_complex():
+            raise TypeError(f"target must have an integer or a floating dtype, got {target.dtype}")
+        _check_labels(feats, target, ignore_index)
+        grid = tuple(target.shape)
+    if mask is not None:
+        _checks.pixel_mask(mask, "target", grid, target)
+
+
+def _check_labels(feats: Tensor, target: Tensor, ignore_index: int) -> None:
+    _checks.same_device("feats", feats, "target", target)
+    expected = "(N, H, W)" if feats.ndim == 4 else "(N, M)"
+    if target.ndim != feats.ndim - 1:
+        raise ValueError(f"labels must have shape {expected} for feats {tuple(feats.shape)}, got {tuple(target.shape)}")
+    _checks.same_batch("feats", feats, "target", target)
+    if feats.ndim == 3 and target.shape[1] != feats.shape[2]:
+        raise ValueError(
+            f"flat labels must have one value for each of the M = {feats.shape[2]} pixels of feats, "
+            f"got {target.shape[1]}; pass (N, D, H, W) feats and (N, H, W) labels to have the labels sampled"
+        )
+    if any(size < 1 for size in target.shape[1:]):
+        raise ValueError(f"target must have sizes of at least 1 in every axis but the batch, got {tuple(target.shape)}")
+    if _checks.values_are_known(target) and target.numel() and target.dtype != torch.uint8:
+        wrong = target[(target < 0) & (target != ignore_index)]
+        if wrong.numel():
+            raise ValueError(
+                f"labels must be >= 0 or equal to ignore_index = {ignore_index}, got {int(wrong[0])}; "
+                "set ignore_index to the label that marks ignored pixels"
+            )
