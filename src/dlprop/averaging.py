@@ -1,0 +1,134 @@
+"""The momentum network: a running average of a model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from . import _checks
+
+__all__ = ["MomentumAverager"]
+
+Buffers = Literal["average", "copy", "none"]
+
+
+class MomentumAverager(AveragedModel):
+    r"""A frozen copy of a model that follows it with momentum: `Theta_m <- m Theta_m + (1 - m) Theta_b`.
+
+    The first update copies. Call `update` after each epoch (the paper's Eq. 6, with momentum 0.5) or after each step
+    (then for instance momentum 0.996). The copy, `.module`, needs no gradient and stays in eval mode, whatever
+    `train()` is called on; calling the averager calls it. Whatever knows `torch.optim.swa_utils.AveragedModel`, for
+    instance `update_bn`, knows this class.
+
+    Args:
+        model: the module to follow; DistributedDataParallel, DataParallel and `torch.compile` wrappers are removed.
+        momentum: weight `m` of the old average in [0, 1], or a callable from the number of updates already made to it.
+        buffers: what to do with floating buffers such as BatchNorm's statistics: "average" them, "copy" them, or
+            leave them ("none"; recompute them with `update_bn`). Other buffers, such as counters, are always copied.
+
+    Raises:
+        TypeError: `model` is no Module, or `momentum` neither number nor callable.
+        ValueError: `momentum` outside [0, 1], an unknown `buffers`, or in `update` a model whose parameters or buffers
+            differ from the averaged ones in name or shape: the error names the first, and nothing is changed.
+
+    Cost:
+        One fused pass over the weights for each dtype and device; memory of one more model.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 1.0)
+        >>> averager = MomentumAverager(model)
+        >>> averager.update(model)  # the first update copies
+        >>> _ = torch.nn.init.constant_(model.weight, 3.0)
+        >>> averager.update(model)
+        >>> averager.module.weight.item()
+        2.0
+
+    Reference:
+        DerProp, Eq. 6.
+    """
+
+    def __init__(
+        self, model: nn.Module, momentum: float | Callable[[int], float] = 0.5, *, buffers: Buffers = "average"
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not callable(momentum):
+            momentum = _checks.real("momentum", momentum, 0.0, 1.0)
+        _checks.choice("buffers", buffers, Buffers)
+        super().__init__(unwrap(model), use_buffers=buffers == "average")
+        self.momentum = momentum
+        self.buffer_mode = buffers
+        self.module.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode, whatever ``mode`` is: the average is for prediction only."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards ``model``; see the class. `update` is the same method."""
+        pairs = self._pairs(unwrap(model))
+        updates = int(self.n_averaged)
+        momentum = self.momentum
+        if callable(momentum):
+            momentum = _checks.real("momentum(updates)", momentum(updates), 0.0, 1.0)
+        copied = [(ours, theirs) for ours, theirs, is_averaged in pairs if updates == 0 or not is_averaged]
+        for ours, theirs in copied:
+            ours.copy_(theirs)
+        if updates > 0:
+            average = get_ema_multi_avg_fn(momentum)
+            groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+            for ours, theirs, is_averaged in pairs:
+                if is_averaged:
+                    group = groups.setdefault((ours.device, ours.dtype), ([], []))
+                    group[0].append(ours)
+                    group[1].append(theirs.to(ours))
+            for averaged, current in groups.values():
+                average(averaged, current, updates)
+        self.n_averaged += 1
+
+    update = update_parameters
+
+    def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor, bool]]:
+        """The averager's and the model's tensors side by side, and whether each pair is averaged (else copied)."""
+        pairs = []
+        for kind, ours, theirs in (
+            ("parameter", dict(self.module.named_parameters()), dict(model.named_parameters())),
+            ("buffer", dict(self.module.named_buffers()), dict(model.named_buffers())),
+        ):
+            for name in [*ours, *(name for name in theirs if name not in ours)]:
+                if name not in theirs or name not in ours:
+                    owner = "the averager" if name in ours else "the model"
+                    raise ValueError(f"{kind} {name!r} exists only in {owner}: update needs the model it was made from")
+                if ours[name].shape != theirs[name].shape:
+                    raise ValueError(
+                        f"{kind} {name!r} must have shape {tuple(ours[name].shape)} as in the averager, "
+                        f"got {tuple(theirs[name].shape)}"
+                    )
+                is_float = ours[name].is_floating_point() or ours[name].is_complex()
+                if kind == "buffer" and is_float and self.buffer_mode == "none":
+                    continue
+                is_averaged = is_float and (kind == "parameter" or self.buffer_mode == "average")
+                pairs.append((ours[name].detach(), theirs[name].detach(), is_averaged))
+        return pairs
+
+    def extra_repr(self) -> str:
+        """The options, for print."""
+        return f"momentum={self.momentum!r}, buffers={self.buffer_mode!r}"
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel and `torch.compile` wrappers, however nested."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile's OptimizedModule has no public name
+            model = model._orig_mod
+        else:
+            return model  # type: ignore[no-any-return]
