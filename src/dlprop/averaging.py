@@ -73,6 +73,8 @@ class MomentumAverager(AveragedModel):
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Move the average towards ``model``; see the class. `update` is the same method."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         pairs = self._pairs(unwrap(model))
         updates = int(self.n_averaged)
         momentum = self.momentum

@@ -132,12 +132,13 @@ def derivative_loss(
                 pair_sums = pair_sums + _sampled_l1(a, g, anchors, chunk_size, backend)
             else:
                 pair_sums = pair_sums + _l1(a, g, chunk_size, backend)
-        sparsity = difference(V, max_order + 1, 1, scheme).abs()
-
         if reduction == "sum":
-            return pair_sums.sum() + eta * sparsity.sum()
+            total = pair_sums.sum()
+            return total if eta == 0 else total + eta * _sparsity(V, max_order + 1, scheme).sum()
         pairs = V.new_full((N,), M) if valid is None else valid.sum(dim=1).to(V.dtype)
-        per_image = pair_sums / pairs.square().clamp_min(1) + eta * sparsity.mean(dim=(1, 2))
+        per_image = pair_sums / pairs.square().clamp_min(1)
+        if eta != 0:
+            per_image = per_image + eta * _sparsity(V, max_order + 1, scheme).mean(dim=(1, 2))
         return per_image if reduction == "none" else per_image.sum() / max(N, 1)
 
 
@@ -263,6 +264,11 @@ def _draw(num_anchors: int, V: Tensor) -> Tensor:
     return torch.rand(V.shape[0], V.shape[2], device=V.device).topk(num_anchors, dim=1, sorted=False).indices
 
 
+def _sparsity(V: Tensor, order: int, scheme: Scheme) -> Tensor:
+    """`|A_order V|`, (N, D - order * step, M)."""
+    return difference(V, order, 1, scheme).abs()
+
+
 def _take(x: Tensor, pixels: Tensor) -> Tensor:
     return x.gather(2, pixels[:, None, :].expand(-1, x.shape[1], -1))
 
@@ -339,11 +345,11 @@ def _check_labels(feats: Tensor, target: Tensor, ignore_index: int) -> None:
     _checks.same_device("feats", feats, "target", target)
     expected = "(N, H, W)" if feats.ndim == 4 else "(N, M)"
     if target.ndim != feats.ndim - 1:
-        raise ValueError(f"labels must have shape {expected} for feats {tuple(feats.shape)}, got {tuple(target.shape)}")
+        raise ValueError(f"target must be labels {expected} for feats {tuple(feats.shape)}, got {tuple(target.shape)}")
     _checks.same_batch("feats", feats, "target", target)
     if feats.ndim == 3 and target.shape[1] != feats.shape[2]:
         raise ValueError(
-            f"flat labels must have one value for each of the M = {feats.shape[2]} pixels of feats, "
+            f"target must have one label for each of the M = {feats.shape[2]} pixels of feats, "
             f"got {target.shape[1]}; pass (N, D, H, W) feats and (N, H, W) labels to have the labels sampled"
         )
     if any(size < 1 for size in target.shape[1:]):
@@ -352,6 +358,6 @@ def _check_labels(feats: Tensor, target: Tensor, ignore_index: int) -> None:
         wrong = target[(target < 0) & (target != ignore_index)]
         if wrong.numel():
             raise ValueError(
-                f"labels must be >= 0 or equal to ignore_index = {ignore_index}, got {int(wrong[0])}; "
+                f"target must hold labels >= 0 or equal to ignore_index = {ignore_index}, got {int(wrong[0])}; "
                 "set ignore_index to the label that marks ignored pixels"
             )

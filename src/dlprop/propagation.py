@@ -266,10 +266,10 @@ class DerivativeLabelPropagation(nn.Module):
         """
         ramp = _checks.real("ramp", ramp, 0.0, 1.0)
         propagated = self(logits, feats, target_feats, mask=mask)
-        if propagated.shape != logits.shape:
+        if target_feats is not None and propagated.shape != logits.shape:
             raise ValueError(
                 "target_feats must have the grid of feats for rectify, which blends both predictions pixel by pixel, "
-                f"got {tuple(feats.shape)} and {tuple(propagated.shape)} for the propagated logits"
+                f"got {tuple(target_feats.shape)} and {tuple(feats.shape)}"
             )
         with full_precision(logits):
             dtype = torch.promote_types(logits.dtype, torch.float32)

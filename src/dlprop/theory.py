@@ -87,7 +87,7 @@ def derivative_metric(
                [ 0., -1.,  3., -1.],
                [ 0.,  0., -1.,  2.]])
     """
-    _stencil(D, max_order, scheme)
+    _stencil(D, max_order, scheme, name="max_order")
     if weights is None:
         weights = (1.0,) * (max_order + 1)
     if len(weights) != max_order + 1:
@@ -159,19 +159,19 @@ def theorem2_bound(V: npt.ArrayLike, order: int) -> float:
     return float((2.0 ** (order - 2) * np.abs(np.diff(V, n=2, axis=0)).sum()) ** 2)
 
 
-def _stencil(D: int, order: int, scheme: str) -> tuple[tuple[float, ...], int]:
+def _stencil(D: int, order: int, scheme: str, name: str = "order") -> tuple[tuple[float, ...], int]:
     """Check the arguments; return the coefficients of the difference of ``order`` and the step of the scheme."""
-    for name, value, minimum in (("D", D, 1), ("order", order, 0)):
+    for argument, value, minimum in (("D", D, 1), (name, order, 0)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+            raise TypeError(f"{argument} must be an int, got {type(value).__name__} {value!r}")
         if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+            raise ValueError(f"{argument} must be at least {minimum}, got {value}")
     if scheme not in _STENCILS:
         raise ValueError(f"scheme must be one of {tuple(_STENCILS)}, got {scheme!r}")
     step = len(_STENCILS[scheme]) - 1
     if order * step >= D:
         raise ValueError(
-            f"order * step = {order} * {step} = {order * step} must be below D = {D} for scheme {scheme!r}; "
+            f"{name} * step = {order} * {step} = {order * step} must be below D = {D} for scheme {scheme!r}; "
             "lower the order or widen the features"
         )
     if scheme == "forward":
