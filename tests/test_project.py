@@ -1,0 +1,69 @@
+"""What a user installs and reads: the wheel, the README's snippet and table, the version."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import dlprop
+from benchmarks.table import BEGIN, END, markdown
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def readme_snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_top_level_holds_five_names():
+    assert sorted(dlprop.__all__) == [
+        "DerivativeLabelPropagation",
+        "DerivativeLoss",
+        "MomentumAverager",
+        "derivative_similarity",
+        "finite_difference",
+    ]
+
+
+def test_there_is_one_version():
+    assert dlprop.__version__ == version("dlprop")
+    assert f"version: {dlprop.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_readme_table_is_that_of_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / f"{dlprop.__version__}.json").read_text())
+    table = README.split(BEGIN)[1].split(END)[0].strip()
+    assert table == markdown(results), "refresh it with `python -m benchmarks --table`"
+
+
+def test_links_and_pictures_of_the_readme_exist():
+    targets = [t for t in re.findall(r"\]\(([^)#]+)\)", README) if not t.startswith("http")]
+    assert len(targets) >= 5
+    assert [t for t in targets if not (ROOT / t).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_wheel_away_from_the_source_tree_runs_the_readme(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    assert (site / "dlprop" / "py.typed").exists()
+
+    (snippet,) = readme_snippets()
+    script = tmp_path / "snippet.py"
+    script.write_text(snippet + "\nimport dlprop\nprint(dlprop.__file__)\n")
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, shapes, origin = done.stdout.splitlines()
+    assert shapes == "torch.Size([2, 21, 81, 81]) torch.Size([2, 256, 41, 41])"
+    assert Path(origin).is_relative_to(site)
