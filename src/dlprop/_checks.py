@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,15 +37,14 @@ def real(name: str, value: Any, minimum: float = -math.inf, maximum: float = mat
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__} {value!r}")
     number = float(value)
-    if not (math.isfinite(number) and minimum <= number <= maximum):
+    if not (abs(number) < math.inf and minimum <= number <= maximum):
         allowed = "finite" if minimum == -math.inf else f"in [{minimum:g}, {maximum:g}]"
         raise ValueError(f"{name} must be {allowed}, got {value}")
     return number
 
 
-def choice(name: str, value: Any, literal: Any) -> Any:
-    """Return ``value`` if it is one of the values of a `Literal` type."""
-    options = get_args(literal)
+def choice(name: str, value: Any, options: tuple[Any, ...]) -> Any:
+    """Return ``value`` if it is one of ``options``."""
     if not (value is None or isinstance(value, str)):
         raise TypeError(f"{name} must be one of {options}, got {type(value).__name__} {value!r}")
     if value not in options:
@@ -145,5 +144,4 @@ def values_are_known(x: Tensor) -> bool:
 
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)

@@ -8,7 +8,7 @@ autocast, and none can be differentiated twice.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .features import full_precision
 __all__: list[str] = []
 
 Backend = Literal["auto", "dense", "tiled", "triton"]
+BACKENDS = get_args(Backend)
 
 _KERNELS: dict[str, ModuleType] = {"dense": dense, "tiled": tiled, "auto": tiled}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from . import _checks
 __all__ = ["MomentumAverager"]
 
 Buffers = Literal["average", "copy", "none"]
+BUFFERS = get_args(Buffers)
 
 
 class MomentumAverager(AveragedModel):
@@ -59,7 +60,7 @@ class MomentumAverager(AveragedModel):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if not callable(momentum):
             momentum = _checks.real("momentum", momentum, 0.0, 1.0)
-        _checks.choice("buffers", buffers, Buffers)
+        _checks.choice("buffers", buffers, BUFFERS)
         super().__init__(unwrap(model), use_buffers=buffers == "average")
         self.momentum = momentum
         self.buffer_mode = buffers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from . import _checks
 __all__ = ["finite_difference"]
 
 Scheme = Literal["forward", "central", "sum", "laplacian"]
+SCHEMES = get_args(Scheme)
 
 # Channels that one order takes away.
 STEP = {"forward": 1, "central": 2, "sum": 1, "laplacian": 2}
@@ -62,7 +63,7 @@ def finite_difference(x: Tensor, order: int = 1, *, dim: int = 1, scheme: Scheme
     """
     _checks.floating("x", x)
     order = _checks.integer("order", order, 0)
-    _checks.choice("scheme", scheme, Scheme)
+    _checks.choice("scheme", scheme, SCHEMES)
     dim = _dimension(dim, x.ndim)
     _checks.enough_channels("x", x.shape[dim], order, STEP[scheme], scheme)
     return difference(x, order, dim, scheme)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from ._checks import autocast_enabled
 __all__: list[str] = []
 
 Normalize = Literal["l1", "l2", "softmax", None]
+NORMALIZATIONS = get_args(Normalize)
 
 # Below this a norm is rounding noise; in float32 or better it is a normal number.
 EPS = 1e-12

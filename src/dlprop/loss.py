@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks
 from ._kernels import dense
-from ._ops import Backend, check_backend, pairwise_l1, pairwise_l1_cross
-from .difference import STEP, Scheme, difference
-from .features import Normalize, flatten, full_precision, normalize_features, sample_nearest
+from ._ops import BACKENDS, Backend, check_backend, pairwise_l1, pairwise_l1_cross
+from .difference import SCHEMES, STEP, Scheme, difference
+from .features import NORMALIZATIONS, Normalize, flatten, full_precision, normalize_features, sample_nearest
 
 __all__ = ["DerivativeLoss", "derivative_loss"]
 
 Norm = Literal["l1", "frobenius"]
+NORMS = get_args(Norm)
 Reduction = Literal["none", "mean", "sum"]
+REDUCTIONS = get_args(Reduction)
 
 # Ignored pixels carry this label inside the kernels, where it equals nothing.
 IGNORED = -1
@@ -295,15 +297,15 @@ def _check_options(
     options = {
         "max_order": _checks.integer("max_order", max_order, 0),
         "eta": _checks.real("eta", eta, 0.0),
-        "norm": _checks.choice("norm", norm, Norm),
-        "scheme": _checks.choice("scheme", scheme, Scheme),
-        "normalize": _checks.choice("normalize", normalize, Normalize),
+        "norm": _checks.choice("norm", norm, NORMS),
+        "scheme": _checks.choice("scheme", scheme, SCHEMES),
+        "normalize": _checks.choice("normalize", normalize, NORMALIZATIONS),
         "ignore_index": _checks.integer("ignore_index", ignore_index),
-        "reduction": _checks.choice("reduction", reduction, Reduction),
+        "reduction": _checks.choice("reduction", reduction, REDUCTIONS),
         "align_corners": _checks.boolean("align_corners", align_corners),
         "num_anchors": _checks.optional_integer("num_anchors", num_anchors, 1),
         "chunk_size": _checks.optional_integer("chunk_size", chunk_size, 1),
-        "backend": _checks.choice("backend", backend, Backend),
+        "backend": _checks.choice("backend", backend, BACKENDS),
     }
     if norm == "frobenius" and num_anchors is not None:
         raise ValueError(

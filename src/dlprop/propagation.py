@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks
 from ._kernels import dense
-from ._ops import Backend, check_backend, softmax_affinity
-from .difference import STEP, Scheme, difference, metric
+from ._ops import BACKENDS, Backend, check_backend, softmax_affinity
+from .difference import SCHEMES, STEP, Scheme, difference, metric
 from .features import (
+    NORMALIZATIONS,
     Normalize,
     flatten,
     full_precision,
@@ -22,13 +23,16 @@ from .features import (
     resize,
     resize_adjoint,
 )
-from .similarity import Similarity
+from .similarity import SIMILARITIES, Similarity
 
 __all__ = ["DerivativeLabelPropagation", "derivative_label_propagation"]
 
 Affinity = Literal["linear", "softmax"]
+AFFINITIES = get_args(Affinity)
 Scale = Literal["sum", "mean", "degree"]
+SCALES = get_args(Scale)
 Resolution = Literal["feats", "logits"]
+RESOLUTIONS = get_args(Resolution)
 
 
 def derivative_label_propagation(
@@ -130,16 +134,18 @@ def derivative_label_propagation(
     V = feats.to(dtype)
     targets = V if target_feats is None else target_feats.to(dtype)
     own = logits.to(dtype)
-    # The last channel counts the sources, a fraction of one where a mask is resized.
-    count = torch.ones_like(own[:, :1]) if mask is None else mask[:, None].to(dtype)
     source = own if mask is None else torch.where(mask[:, None], own, 0)
-    source = source if scale == "sum" else torch.cat((source, count), dim=1)
+    if scale != "sum":
+        # One more channel counts the sources, each a fraction of one where a mask is resized.
+        count = torch.ones_like(own[:, :1]) if mask is None else mask[:, None].to(dtype)
+        source = torch.cat((source, count), dim=1)
     grid, logits_grid = feats.shape[2:], logits.shape[2:]
     returns_to_logits_grid = targets.shape[2:] == grid
     resized = logits.ndim == 4 and logits_grid != grid
 
     def propagate(source: Tensor, V: Tensor, targets: Tensor, normalize: Normalize) -> Tensor:
-        flat = (flatten(source), flatten(V), flatten(V) if targets is V else flatten(targets))
+        flat_V = flatten(V)
+        flat = flatten(source), flat_V, flat_V if targets is V else flatten(targets)
         if affinity == "softmax":
             out = _softmax(*flat, order_weights, scheme, normalize, similarity, chunk_size, backend)
         elif backend == "dense":
@@ -387,15 +393,15 @@ def _check_options(
     options = {
         "max_order": max_order,
         "weights": _checks.order_weights(weights, max_order),
-        "scheme": _checks.choice("scheme", scheme, Scheme),
-        "normalize": _checks.choice("normalize", normalize, Normalize),
-        "similarity": _checks.choice("similarity", similarity, Similarity),
-        "affinity": _checks.choice("affinity", affinity, Affinity),
-        "scale": _checks.choice("scale", scale, Scale),
-        "resolution": _checks.choice("resolution", resolution, Resolution),
+        "scheme": _checks.choice("scheme", scheme, SCHEMES),
+        "normalize": _checks.choice("normalize", normalize, NORMALIZATIONS),
+        "similarity": _checks.choice("similarity", similarity, SIMILARITIES),
+        "affinity": _checks.choice("affinity", affinity, AFFINITIES),
+        "scale": _checks.choice("scale", scale, SCALES),
+        "resolution": _checks.choice("resolution", resolution, RESOLUTIONS),
         "align_corners": _checks.boolean("align_corners", align_corners),
         "chunk_size": _checks.optional_integer("chunk_size", chunk_size, 1),
-        "backend": _checks.choice("backend", backend, Backend),
+        "backend": _checks.choice("backend", backend, BACKENDS),
     }
     if affinity == "softmax" and scale != "sum":
         raise ValueError(f"scale must be 'sum' with affinity='softmax', whose rows already sum to one, got {scale!r}")

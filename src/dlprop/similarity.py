@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import _checks
-from .difference import STEP, Scheme, difference
-from .features import Normalize, flatten, normalize_features
+from .difference import SCHEMES, STEP, Scheme, difference
+from .features import NORMALIZATIONS, Normalize, flatten, normalize_features
 
 __all__ = ["derivative_similarity"]
 
 Similarity = Literal["dot", "cosine"]
+SIMILARITIES = get_args(Similarity)
 
 
 def derivative_similarity(
@@ -67,9 +68,9 @@ def derivative_similarity(
         DerProp, Eq. 3 and 15-16.
     """
     order = _checks.integer("order", order, 0)
-    _checks.choice("scheme", scheme, Scheme)
-    _checks.choice("normalize", normalize, Normalize)
-    _checks.choice("similarity", similarity, Similarity)
+    _checks.choice("scheme", scheme, SCHEMES)
+    _checks.choice("normalize", normalize, NORMALIZATIONS)
+    _checks.choice("similarity", similarity, SIMILARITIES)
     _checks.pixels("feats", feats)
     _checks.enough_channels("feats", feats.shape[1], order, STEP[scheme], scheme)
     if target_feats is not None:
