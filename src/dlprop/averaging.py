@@ -22,14 +22,14 @@ class MomentumAverager(AveragedModel):
 
     The first update copies. Call `update` after each epoch (the paper's Eq. 6, with momentum 0.5) or after each step
     (then for instance momentum 0.996). The copy, `.module`, needs no gradient and stays in eval mode, whatever
-    `train()` is called on; calling the averager calls it. Whatever knows `torch.optim.swa_utils.AveragedModel`, for
-    instance `update_bn`, knows this class.
+    `train()` is called on; calling the averager calls it. It is a `torch.optim.swa_utils.AveragedModel`, and whatever
+    takes one takes it, but for `update_bn`: that needs train mode, so give it `averager.module`.
 
     Args:
         model: the module to follow; DistributedDataParallel, DataParallel and `torch.compile` wrappers are removed.
         momentum: weight `m` of the old average in [0, 1], or a callable from the number of updates already made to it.
         buffers: what to do with floating buffers such as BatchNorm's statistics: "average" them, "copy" them, or
-            leave them ("none"; recompute them with `update_bn`). Other buffers, such as counters, are always copied.
+            leave them ("none"; recompute them with `update_bn(loader, averager.module)`). Other buffers, such as counters, are always copied.
 
     Raises:
         TypeError: `model` is no Module, or `momentum` neither number nor callable.

@@ -111,8 +111,7 @@ def metric(x: Tensor, weights: tuple[float, ...], dim: int, scheme: Scheme) -> T
 
 
 def _dimension(dim: Any, ndim: int) -> int:
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, got {type(dim).__name__} {dim!r}")
+    dim = _checks.integer("dim", dim)
     if not -ndim <= dim < ndim:
         raise ValueError(f"dim must be in [{-ndim}, {ndim - 1}] for a tensor of {ndim} dimensions, got {dim}")
     return dim % ndim

@@ -1,0 +1,37 @@
+"""Hypothesis profiles, seeds and devices shared by all tests."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# No deadline: the first call of an operator compiles or dispatches, and test machines are shared.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("dev", max_examples=40, **_COMMON)
+settings.register_profile("ci", max_examples=40, derandomize=True, database=None, **_COMMON)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# The tensors here are tiny: threads that wait for each other on shared cores cost ten times the arithmetic.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Run the test on the CPU and, where there is one, on the GPU."""
+    return torch.device(request.param)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip tests marked `gpu` on a machine without a CUDA device, with the reason in the report."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

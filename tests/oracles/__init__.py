@@ -1,0 +1,1 @@
+"""Slow float64 references, written from the paper's formulas: they import nothing from the library."""
