@@ -29,7 +29,8 @@ class MomentumAverager(AveragedModel):
         model: the module to follow; DistributedDataParallel, DataParallel and `torch.compile` wrappers are removed.
         momentum: weight `m` of the old average in [0, 1], or a callable from the number of updates already made to it.
         buffers: what to do with floating buffers such as BatchNorm's statistics: "average" them, "copy" them, or
-            leave them ("none"; recompute them with `update_bn(loader, averager.module)`). Other buffers, such as counters, are always copied.
+            leave them ("none"; recompute them with `update_bn(loader, averager.module)`). Other buffers, such as
+            counters, are always copied.
 
     Raises:
         TypeError: `model` is no Module, or `momentum` neither number nor callable.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,7 @@ def metric(x: Tensor, weights: tuple[float, ...], dim: int, scheme: Scheme) -> T
     return sum(terms[1:], terms[0]) if terms else torch.zeros_like(x)
 
 
-def _dimension(dim: Any, ndim: int) -> int:
+def _dimension(dim: int, ndim: int) -> int:
     dim = _checks.integer("dim", dim)
     if not -ndim <= dim < ndim:
         raise ValueError(f"dim must be in [{-ndim}, {ndim - 1}] for a tensor of {ndim} dimensions, got {dim}")
