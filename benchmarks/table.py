@@ -23,8 +23,8 @@ def markdown(results: dict[str, Any]) -> str:
     facts = results["machine"]
     rows += [
         "",
-        f"float32, D = 256, C = 21, {facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, medians of "
-        f"interleaved runs; matrix products run at {results['matrix_rate'] / 1e9:.0f} GFLOP/s in the same process. "
+        f"float32, D = 256, C = 21, {facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, medians "
+        f"of interleaved runs; matrix products run at {results['matrix_rate'] / 1e9:.0f} GFLOP/s in the same process. "
         "The time ratio is the other's time over ours.",
     ]
     return "\n".join(rows)

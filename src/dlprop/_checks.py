@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 
-def integer(name: str, value: Any, minimum: int | None = None) -> int:
-    """Return ``value`` as an int of at least ``minimum``; bools and floats are not integers here."""
+def integer(name: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:
+    """Return ``value`` as an int within its bounds; bools and floats are not integers here."""
     if isinstance(value, (bool, float)) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-    if minimum is not None and value < minimum:
+    number = int(value)
+    if minimum is not None and number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return int(value)
+    if maximum is not None and number > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value}")
+    return number
 
 
 def optional_integer(name: str, value: Any, minimum: int) -> int | None:

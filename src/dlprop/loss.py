@@ -75,7 +75,8 @@ def derivative_loss(
 
     Returns:
         A scalar, or `(N,)` with reduction "none", in the dtype of `feats` but at least float32. With no valid pair the
-        pair terms are 0 with zero gradient; an empty batch gives 0. Differentiating twice raises.
+        pair terms are 0 with zero gradient; an empty batch gives 0. Differentiating twice raises, in eager mode;
+        `torch.compile` itself does not support second derivatives and may return 0 for them.
 
     Raises:
         TypeError: `feats` not floating, a floating target of another dtype outside autocast, a mask that is not bool,
@@ -300,7 +301,7 @@ def _check_options(
         "norm": _checks.choice("norm", norm, NORMS),
         "scheme": _checks.choice("scheme", scheme, SCHEMES),
         "normalize": _checks.choice("normalize", normalize, NORMALIZATIONS),
-        "ignore_index": _checks.integer("ignore_index", ignore_index),
+        "ignore_index": _checks.integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
         "reduction": _checks.choice("reduction", reduction, REDUCTIONS),
         "align_corners": _checks.boolean("align_corners", align_corners),
         "num_anchors": _checks.optional_integer("num_anchors", num_anchors, 1),
@@ -356,7 +357,7 @@ def _check_labels(feats: Tensor, target: Tensor, ignore_index: int) -> None:
         )
     if any(size < 1 for size in target.shape[1:]):
         raise ValueError(f"target must have sizes of at least 1 in every axis but the batch, got {tuple(target.shape)}")
-    if _checks.values_are_known(target) and target.numel() and target.dtype != torch.uint8:
+    if _checks.values_are_known(target) and target.dtype.is_signed:
         wrong = target[(target < 0) & (target != ignore_index)]
         if wrong.numel():
             raise ValueError(

@@ -280,7 +280,7 @@ class DerivativeLabelPropagation(nn.Module):
         with full_precision(logits):
             dtype = torch.promote_types(logits.dtype, torch.float32)
             P, P_propagated = (x.softmax(dim=1, dtype=dtype) for x in (logits, propagated))
-            return torch.lerp(P, P_propagated, ramp).to(logits.dtype)
+            return ((1 - ramp) * P + ramp * P_propagated).to(logits.dtype)
 
     def extra_repr(self) -> str:
         """The options, for print."""

@@ -1,0 +1,341 @@
+"""torch.compile with a full graph and without a recompile per size, and torch.export, of everything public."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, export
+
+from dlprop import DerivativeLabelPropagation, DerivativeLoss, derivative_similarity, finite_difference
+from dlprop.loss import derivative_loss
+from dlprop.propagation import derivative_label_propagation
+from tests.tolerances import assert_close
+
+D = 11
+C = 3
+# (N, H, W) of the features, no two axes alike: equal ones may share a symbol, and then part again at a later size.
+SIZES = [(2, 5, 6), (3, 7, 8), (4, 6, 9), (5, 9, 7), (2, 10, 13), (6, 8, 5), (3, 12, 4), (4, 5, 11), (7, 6, 8)]
+SIZES += [(2, 11, 9), (5, 4, 10), (3, 13, 14)]
+SQUARES = [(2, edge, edge) for edge in range(5, 17)]
+
+
+def _feats(size, seed=0, D=D):
+    N, H, W = size
+    return torch.randn(N, D, H, W, generator=torch.Generator().manual_seed(seed))
+
+
+def _target_feats(size):
+    N, H, W = size
+    return _feats((N, H + 3, W + 2), seed=1)
+
+
+def _logits(size, scale=1):
+    N, H, W = size
+    return _feats((N, scale * H + scale - 1, scale * W + scale - 1), seed=2, D=C)
+
+
+def _mask(size, scale=1):
+    return _logits(size, scale)[:, 0] > -1
+
+
+def _labels(size, scale=1):
+    labels = (3 * _logits(size, scale)[:, 0].abs()).long()
+    return torch.where(_mask(size, scale), labels, 255)
+
+
+def _query(size):
+    return torch.arange(0, size[1] * size[2], 4)
+
+
+CASES = {
+    "finite_difference": (finite_difference, lambda s: [_feats(s)]),
+    "finite_difference laplacian": (
+        lambda x: finite_difference(x, 2, dim=-3, scheme="laplacian"),
+        lambda s: [_feats(s)],
+    ),
+    "derivative_similarity": (derivative_similarity, lambda s: [_feats(s)]),
+    "derivative_similarity cosine": (
+        lambda x, y: derivative_similarity(x, y, similarity="cosine", normalize="softmax", scheme="sum"),
+        lambda s: [_feats(s), _target_feats(s)],
+    ),
+    "derivative_similarity query": (
+        lambda x, query: derivative_similarity(x, order=2, scheme="central", query=query),
+        lambda s: [_feats(s), _query(s)],
+    ),
+    "propagation": (DerivativeLabelPropagation(), lambda s: [_logits(s), _feats(s)]),
+    "propagation degree": (DerivativeLabelPropagation(scale="degree"), lambda s: [_logits(s, 3), _feats(s)]),
+    "propagation cosine": (
+        DerivativeLabelPropagation(similarity="cosine", normalize="l2", scheme="laplacian"),
+        lambda s: [_logits(s), _feats(s)],
+    ),
+    "propagation full resolution": (
+        DerivativeLabelPropagation(resolution="logits", scale="mean"),
+        lambda s: [_logits(s, 3), _feats(s)],
+    ),
+    "propagation full resolution cosine": (
+        DerivativeLabelPropagation(resolution="logits", similarity="cosine"),
+        lambda s: [_logits(s, 2), _feats(s)],
+    ),
+    "propagation softmax": (DerivativeLabelPropagation(affinity="softmax"), lambda s: [_logits(s), _feats(s)]),
+    "propagation softmax full resolution": (
+        DerivativeLabelPropagation(affinity="softmax", resolution="logits", chunk_size=50),
+        lambda s: [_logits(s, 2), _feats(s)],
+    ),
+    "propagation to targets": (
+        DerivativeLabelPropagation(scale="degree"),
+        lambda s: [_logits(s), _feats(s), _target_feats(s)],
+    ),
+    "propagation softmax to targets": (
+        DerivativeLabelPropagation(affinity="softmax", similarity="cosine"),
+        lambda s: [_logits(s, 2), _feats(s), _target_feats(s)],
+    ),
+    "propagation mask": (
+        lambda logits, feats, mask: derivative_label_propagation(
+            logits, feats, mask=mask, scale="mean", max_order=2, weights=[1, 0.5, 0.25], align_corners=False
+        ),
+        lambda s: [_logits(s, 2), _feats(s), _mask(s, 2)],
+    ),
+    "loss labels": (DerivativeLoss(), lambda s: [_feats(s), _labels(s)]),
+    "loss features": (DerivativeLoss(reduction="none"), lambda s: [_feats(s), _feats(s, 1)]),
+    "loss label grid": (DerivativeLoss(scheme="central"), lambda s: [_feats(s), _labels(s, 3)]),
+    "loss label grid without corners": (
+        DerivativeLoss(align_corners=False, normalize="softmax"),
+        lambda s: [_feats(s), _labels(s, 2).to(torch.uint8)],
+    ),
+    "loss mask": (
+        lambda feats, target, mask: derivative_loss(feats, target, mask=mask, max_order=2, reduction="sum"),
+        lambda s: [_feats(s), _feats(s, 1), _mask(s)],
+    ),
+    "loss frobenius labels": (DerivativeLoss(norm="frobenius"), lambda s: [_feats(s), _labels(s, 2)]),
+    "loss frobenius features": (DerivativeLoss(norm="frobenius"), lambda s: [_feats(s), _feats(s, 1)]),
+    "loss anchors": (DerivativeLoss(num_anchors=7), lambda s: [_feats(s), _labels(s)]),
+    "loss anchors features": (DerivativeLoss(num_anchors=7), lambda s: [_feats(s), _feats(s, 1)]),
+}
+
+
+def _leaves(arguments):
+    """The tensors that may need a gradient do; the target of a consistency loss may not get one."""
+    return [x.clone().requires_grad_() if x.is_floating_point() else x for x in arguments]
+
+
+def _run(function, arguments):
+    """Output and gradients, with the random draws that a seed of 0 gives."""
+    leaves = _leaves(arguments)
+    torch.manual_seed(0)
+    out = function(*leaves)
+    (out * torch.linspace(0.5, 1.5, out.numel()).reshape(out.shape)).sum().backward()
+    return out.detach(), [x.grad for x in leaves if x.is_floating_point()]
+
+
+def _assert_same(actual, expected):
+    assert_close(actual[0], expected[0].double(), "propagation")
+    for x, y in zip(actual[1], expected[1], strict=True):
+        assert (x is None) == (y is None)
+        if y is not None:
+            assert_close(x, y.double(), "gradient")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# One of each kind in the quick suite; compiling all takes a minute.
+QUICK = (
+    "finite_difference",
+    "derivative_similarity",
+    "propagation",
+    "propagation softmax",
+    "loss labels",
+    "loss features",
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])
+def test_compiles_into_one_graph_without_a_recompile_per_size(name):
+    function, arguments = CASES[name]
+    compilations = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=compilations)
+    for seen, size in enumerate(SIZES):
+        _assert_same(_run(compiled, arguments(size)), _run(function, arguments(size)))
+        # The first size is compiled as it is, the second one for all sizes.
+        assert compilations.frame_count <= min(seen + 1, 2), f"recompiled at {size}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["propagation softmax", "loss labels"])
+def test_square_images_do_not_recompile_either(name):
+    function, arguments = CASES[name]
+    compilations = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=compilations)
+    for size in SQUARES:
+        _assert_same(_run(compiled, arguments(size)), _run(function, arguments(size)))
+    assert compilations.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", ["propagation", "propagation softmax full resolution", "loss label grid"])
+def test_compiles_once_where_everything_is_dynamic(name):
+    # Then the numbers among the options (weights, eta, chunk_size) are symbols too.
+    function, arguments = CASES[name]
+    compilations = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=compilations, dynamic=True)
+    for size in SIZES[2:6]:  # the first has no two axes alike, channels and classes included
+        _assert_same(_run(compiled, arguments(size)), _run(function, arguments(size)))
+    assert compilations.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["propagation softmax", "loss labels"])
+def test_compiled_without_gradients(name):
+    function, arguments = CASES[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for size in SIZES[:1]:
+        with torch.no_grad():
+            torch.manual_seed(0)
+            expected = function(*arguments(size))
+            torch.manual_seed(0)
+            actual = compiled(*arguments(size))
+        assert not actual.requires_grad
+        assert_close(actual, expected.double(), "propagation")
+
+
+def test_rectify_compiles():
+    module = DerivativeLabelPropagation()
+    compiled = torch.compile(
+        lambda logits, feats: module.rectify(logits, feats, 0.25), fullgraph=True, backend="aot_eager"
+    )
+    for size in SIZES[:2]:
+        arguments = [_logits(size), _feats(size)]
+        assert_close(compiled(*arguments), module.rectify(*arguments, 0.25).double(), "propagation")
+
+
+def test_a_changing_ramp_does_not_recompile():
+    module = DerivativeLabelPropagation()
+    compilations = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module.rectify, fullgraph=True, backend=compilations)
+    arguments = [_logits(SIZES[0]), _feats(SIZES[0])]
+    for epoch in range(1, 12):
+        ramp = torch.tensor(epoch / 12).item()
+        assert_close(compiled(*arguments, ramp), module.rectify(*arguments, ramp).double(), "propagation")
+    assert compilations.frame_count <= 2
+
+
+def test_a_compiled_loss_cannot_be_differentiated_twice():
+    feats = _feats(SIZES[0]).requires_grad_()
+    value = torch.compile(DerivativeLoss(), fullgraph=True, backend="aot_eager")(feats, _labels(SIZES[0]))
+    with pytest.raises(RuntimeError, match=r"twice|double backward|not have been used"):
+        torch.autograd.grad(torch.autograd.grad(value, feats, create_graph=True)[0].sum(), feats)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_under_autocast(dtype):
+    size = SIZES[0]
+    propagation, loss = DerivativeLabelPropagation(), DerivativeLoss()
+
+    def step(logits, feats, labels):
+        with torch.autocast("cpu", dtype=dtype):
+            return propagation(logits, feats).square().mean() + loss(feats, labels)
+
+    arguments = [_logits(size), _feats(size), _labels(size)]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = step(*(x.double() if x.is_floating_point() else x for x in arguments))
+    assert_close(compiled(*arguments), expected.double(), "autocast", dtype=dtype)
+
+
+def _has_cpp_compiler():
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _has_cpp_compiler(), reason="inductor needs a C++ compiler")
+def test_inductor():
+    softmax, loss = DerivativeLabelPropagation(affinity="softmax"), DerivativeLoss()
+
+    def step(logits, feats, labels):
+        return softmax(logits, feats).square().mean() + loss(feats, labels)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for size in SIZES[:2]:
+        arguments = [_logits(size), _feats(size), _labels(size)]
+        _assert_same(_run(compiled, arguments), _run(step, arguments))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.export
+
+N_, H_, W_ = Dim("N", min=2), Dim("H", min=2), Dim("W", min=2)
+FEATS = {0: N_, 2: H_, 3: W_}
+LABELS = {0: N_, 1: H_, 2: W_}
+ANY_GRID = {0: N_, 2: Dim("height", min=2), 3: Dim("width", min=2)}
+ANY_LABEL_GRID = {0: N_, 1: Dim("height", min=2), 2: Dim("width", min=2)}
+
+EXPORTS = {
+    "linear": (DerivativeLabelPropagation(), lambda s: [_logits(s), _feats(s)], (FEATS, FEATS)),
+    "linear resized": (
+        DerivativeLabelPropagation(scale="degree"),
+        lambda s: [_logits(s, 2), _feats(s)],
+        (ANY_GRID, FEATS),
+    ),
+    "linear full resolution": (
+        DerivativeLabelPropagation(resolution="logits"),
+        lambda s: [_logits(s, 2), _feats(s)],
+        (ANY_GRID, FEATS),
+    ),
+    "softmax": (DerivativeLabelPropagation(affinity="softmax"), lambda s: [_logits(s), _feats(s)], (FEATS, FEATS)),
+    "softmax resized": (
+        DerivativeLabelPropagation(affinity="softmax", similarity="cosine"),
+        lambda s: [_logits(s, 2), _feats(s)],
+        (ANY_GRID, FEATS),
+    ),
+    "softmax full resolution": (
+        DerivativeLabelPropagation(affinity="softmax", resolution="logits"),
+        lambda s: [_logits(s, 2), _feats(s)],
+        (ANY_GRID, FEATS),
+    ),
+    "loss labels": (DerivativeLoss(), lambda s: [_feats(s), _labels(s)], (FEATS, LABELS)),
+    "loss label grid": (DerivativeLoss(), lambda s: [_feats(s), _labels(s, 2)], (FEATS, ANY_LABEL_GRID)),
+    "loss features": (DerivativeLoss(reduction="none"), lambda s: [_feats(s), _feats(s, 1)], (FEATS, FEATS)),
+    "loss frobenius": (DerivativeLoss(norm="frobenius"), lambda s: [_feats(s), _labels(s)], (FEATS, LABELS)),
+    "loss anchors": (DerivativeLoss(num_anchors=5), lambda s: [_feats(s), _labels(s)], (FEATS, LABELS)),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["linear full resolution", "softmax", "loss label grid", "loss anchors"])
+def test_exports(name, strict):
+    module, arguments, _ = EXPORTS[name]
+    given = tuple(arguments(SIZES[0]))
+    program = export(module, given, strict=strict)
+    torch.manual_seed(0)
+    actual = program.module()(*given)
+    torch.manual_seed(0)
+    assert_close(actual, module(*given).double(), "propagation")
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_exports_with_dynamic_sizes(name):
+    module, arguments, shapes = EXPORTS[name]
+    keywords = ("logits", "feats") if isinstance(module, DerivativeLabelPropagation) else ("feats", "target")
+    program = export(module, tuple(arguments(SIZES[0])), dynamic_shapes=dict(zip(keywords, shapes, strict=True)))
+    exported = program.module()
+    for size in SIZES:
+        given = arguments(size)
+        torch.manual_seed(0)
+        actual = exported(*given)
+        torch.manual_seed(0)
+        assert_close(actual, module(*given).double(), "propagation")
+
+
+@pytest.mark.parametrize("name", ["linear", "softmax", "loss labels", "loss features"])
+def test_an_exported_module_trains(name):
+    module, arguments, _ = EXPORTS[name]
+    given = arguments(SIZES[0])
+    exported = export(module, tuple(_leaves(given))).module()
+    _assert_same(_run(exported, given), _run(module, given))

@@ -1,0 +1,530 @@
+"""The training example: options, data checks, augmentation, and tiny runs of every variant."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torchvision import tv_tensors
+
+from examples.derprop_voc.__main__ import main
+from examples.derprop_voc.augment import Augment, RandomRescale, cutmix, cutmix_boxes
+from examples.derprop_voc.config import Config, ConfigError, make_config
+from examples.derprop_voc.data import (
+    DataError,
+    SeededBatches,
+    SegmentationDataset,
+    collate,
+    load_data,
+    read_list,
+)
+from examples.derprop_voc.demo import CONFIGS, RUNS, demo_configs
+from examples.derprop_voc.evaluate import make_metric, summarise
+from examples.derprop_voc.files import write_bytes, write_json
+from examples.derprop_voc.losses import AdaptiveThreshold, Objective
+from examples.derprop_voc.model import Output, SegmentationNetwork
+from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
+from examples.derprop_voc.train import DivergedError, load_network, run
+
+VARIANTS = ("supervised", "no_propagation", "no_derivative_loss", "no_momentum", "full")
+TINY = {
+    "partition": "demo",
+    "backbone": "resnet10",
+    "crop_size": 32,
+    "decoder_channels": 8,
+    "low_channels": 4,
+    "feature_channels": 8,
+    "labeled_batch": 2,
+    "unlabeled_batch": 2,
+    "steps": 2,
+    "panel_images": 1,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    write_scenes(root, labeled=3, unlabeled=4, val=2, size=(40, 48), seed=1)
+    return root
+
+
+@pytest.fixture
+def broken(tmp_path):
+    write_scenes(tmp_path, labeled=2, unlabeled=2, val=1, size=(32, 40), seed=1)
+    return tmp_path
+
+
+def tiny(scenes, out, **options):
+    return make_config(TINY | {"data": str(scenes), "out": str(out)} | options)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lrr": 1}, r"unknown option lrr; known: data, partition"),
+        ({"steps": 0}, r"steps: expected at least 1, got 0"),
+        ({"steps": 1.5}, r"steps: expected int, got 1\.5"),
+        ({"steps": True}, r"steps: expected int, got True"),
+        ({"lr": "fast"}, r"lr: expected a number, got 'fast'"),
+        ({"lr": float("nan")}, r"lr: expected at least 0, got nan"),
+        ({"rectify": "yes"}, r"rectify: expected bool, got 'yes'"),
+        ({"partition": 18}, r"partition: expected str \(in YAML, quote it\), got 18"),
+        ({"variant": "best"}, r"variant: expected one of supervised, .*, full, got 'best'"),
+        ({"variant": []}, r"variant: expected one of supervised"),
+        ({"crop_size": 100}, r"crop_size: expected a multiple of 8"),
+        ({"image_size": [180]}, r"image_size: expected a height and a width, got \[180\]"),
+        ({"image_size": 180}, r"image_size: expected a list, got 180"),
+        ({"rescale": [2, 1]}, r"rescale: expected two positive numbers in rising order"),
+        ({"weights": [1.0]}, r"weights: expected max_order \+ 1 = 2 numbers, got 1"),
+        ({"threshold": 1.1}, r"threshold: expected at most 1, got 1\.1"),
+        ({"num_classes": 3, "class_names": ["a", "b"]}, r"class_names: expected num_classes = 3, got 2"),
+        ({"affinity": "softmax", "scale": "mean"}, r"scale: 'mean' applies to the linear affinity only"),
+    ],
+)
+def test_config_errors(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(options)
+
+
+def test_config_reads_files_then_flags_and_round_trips(scenes, tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("lr: 1e-3\nsteps: 7\npartition: '1_8'\n")
+    second.write_text("steps: 1\nweights: [1, 2]\n")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if name not in ("steps", "device")]
+    out = tmp_path / "run"
+    arguments = ["train", "--config", str(first), str(second), f"--data={scenes}", f"--out={out}", *flags]
+    assert main([*arguments, "--variant", "supervised", "--no-nonnegative", "--rescale", "0.8", "1.25"]) == 0
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert (saved["lr"], saved["steps"], saved["weights"]) == (1e-3, 1, [1.0, 2.0])
+    assert (saved["partition"], saved["nonnegative"], saved["rescale"]) == ("demo", False, [0.8, 1.25])
+    assert make_config(saved).to_dict() == saved
+
+
+def test_shipped_configs_are_valid():
+    paths = sorted(CONFIGS.glob("*.yaml"))
+    assert paths
+    for path in paths:
+        make_config(yaml.safe_load(path.read_text()))
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_scenes_are_a_valid_folder_and_repeatable(scenes, tmp_path):
+    data = load_data(make_config({"data": str(scenes), "partition": "demo"}))
+    assert [len(items) for items in (data.labeled, data.unlabeled, data.val)] == [3, 4, 2]
+    assert data.class_names == CLASS_NAMES
+    assert not any(item.mask.exists() for item in data.unlabeled)
+    with Image.open(data.labeled[0].mask) as mask:
+        assert mask.mode == "P"
+    write_scenes(tmp_path, labeled=1, unlabeled=1, val=1, size=(40, 48), seed=1)
+    for item in load_data(make_config({"data": str(tmp_path), "partition": "demo"})).labeled:
+        assert item.image.read_bytes() == (scenes / "JPEGImages" / item.image.name).read_bytes()
+    ids = np.unique(np.stack([make_scene(np.random.default_rng(seed), (48, 64))[1] for seed in range(20)]))
+    assert set(ids) == {*range(len(CLASS_NAMES)), 255}
+
+
+def test_lists_in_both_forms(scenes, tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("labeled_0000\n\n/JPEGImages/val_0000.png /SegmentationClass/val_0000.png\nJPEGImages/val_0001.png")
+    items = read_list(path, scenes)
+    assert [item.name for item in items] == ["labeled_0000", "val_0000", "val_0001"]
+    assert all(item.image.is_file() and item.mask.is_file() for item in items)
+
+
+def _remove(name):
+    return lambda root: (root / name).unlink()
+
+
+def _mask(name, array, mode=None):
+    return lambda root: Image.fromarray(array, mode).save(root / "SegmentationClass" / name)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (_remove("JPEGImages/labeled_0001.png"), r"labeled_0001\.jpg: expected an image, found no such file"),
+        (_remove("JPEGImages/unlabeled_0001.png"), r"unlabeled_0001\.jpg: expected an image, found no such file"),
+        (
+            _remove("SegmentationClass/val_0000.png"),
+            r"val_0000\.png: expected the mask of val_0000\.png, found no",
+        ),
+        (_remove("ImageSets/Segmentation/demo/labeled.txt"), r"labeled\.txt: expected a list of images, found no"),
+        (
+            lambda root: (root / "ImageSets/Segmentation/val.txt").write_text("\n"),
+            r"val\.txt: expected one image a line, found an empty list",
+        ),
+        (
+            lambda root: (root / "ImageSets/Segmentation/val.txt").write_text("a b c\n"),
+            r"val\.txt, line 1: expected an id, or an image and a mask, found 3 words",
+        ),
+        (
+            lambda root: (root / "JPEGImages/labeled_0000.png").write_text("no image"),
+            r"labeled_0000\.png: expected an image, found a file that does not open as one",
+        ),
+        (
+            _mask("labeled_0000.png", np.zeros((32, 40, 3), np.uint8)),
+            r"labeled_0000\.png: expected a PNG of ids, with a palette or 8-bit gray, found mode RGB",
+        ),
+        (
+            _mask("labeled_0000.png", np.full((32, 40), 6, np.uint8)),
+            r"labeled_0000\.png: expected labels 0 to 5 or 255 \(option num_classes\), found 6",
+        ),
+        (
+            _mask("val_0000.png", np.zeros((30, 40), np.uint8)),
+            r"val_0000\.png: expected the image's size 40x32, found 40x30 \(width x height\)",
+        ),
+        (
+            lambda root: (root / "classes.txt").unlink() or _mask("val_0000.png", np.full((32, 40), 9, np.uint8))(root),
+            r"val_0000\.png: expected labels 0 to \d or 255 \(option num_classes\), found 9",
+        ),
+    ],
+)
+def test_data_errors_stop_before_training_with_one_line(broken, break_it, message, capsys):
+    break_it(broken)
+    with pytest.raises(DataError, match=message):
+        load_data(make_config({"data": str(broken), "partition": "demo"}))
+    out = broken / "run"
+    assert main(["train", "--data", str(broken), "--partition", "demo", "--out", str(out)]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_data_folder_and_class_count_errors(scenes, tmp_path, capsys):
+    with pytest.raises(DataError, match=r"nowhere: expected a folder in VOC layout \(option data\), found none"):
+        load_data(make_config({"data": str(tmp_path / "nowhere")}))
+    with pytest.raises(DataError, match=r"classes\.txt: expected num_classes = 4 lines, found 6"):
+        load_data(make_config({"data": str(scenes), "partition": "demo", "num_classes": 4}))
+    assert main(["train", "--steps", "0"]) == 2
+    assert capsys.readouterr().err == "error: steps: expected at least 1, got 0\n"
+    with pytest.raises(SystemExit) as usage:
+        main(["train", "--no-such-option"])
+    assert usage.value.code == 2
+
+
+def test_supervised_needs_no_unlabeled_list(broken):
+    (broken / "ImageSets/Segmentation/demo/unlabeled.txt").unlink()
+    data = load_data(make_config({"data": str(broken), "partition": "demo", "variant": "supervised"}))
+    assert data.unlabeled == []
+
+
+def test_batches_depend_on_seed_and_step_only():
+    def batches(**options):
+        return list(SeededBatches(5, batch_size=2, **({"steps": 6, "seed": 3} | options)))
+
+    assert batches() == batches()
+    assert batches(start=4) == batches()[4:]
+    assert batches(seed=4) != batches()
+    indices = [index for batch in batches() for index, _ in batch]
+    assert sorted(indices[:5]) == sorted(indices[5:10]) == list(range(5))
+    assert len({seed for batch in batches() for _, seed in batch}) == 12
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_depends_on_its_seed_and_leaves_the_random_state(scenes):
+    config = make_config(TINY | {"data": str(scenes)})
+    items = load_data(config).labeled
+    data = SegmentationDataset(items, labeled=True, transform=Augment(config, strong=False), cache=True)
+    state = torch.get_rng_state()
+    first, again, other = data[1, 5], data[1, 5], data[1, 6]
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(first["image"], again["image"])
+    assert torch.equal(first["mask"], again["mask"])
+    assert not torch.equal(first["image"], other["image"])
+
+
+def test_padding_is_tracked_apart_from_labels(scenes):
+    config = make_config(TINY | {"data": str(scenes), "rescale": [0.5, 0.5], "crop_size": 64})
+    data = SegmentationDataset(load_data(config).labeled, labeled=True, transform=Augment(config, strong=False))
+    batch = collate([data[0, 1], data[1, 1]])
+    assert batch["image"].shape == (2, 3, 64, 64)
+    assert batch["valid"].dtype == torch.bool
+    assert batch["valid"].sum((1, 2)).tolist() == [20 * 24] * 2
+    assert batch["mask"][~batch["valid"]].eq(0).all()
+    assert set(batch["mask"].unique().tolist()) <= {*range(6), 255}
+
+
+def test_weak_and_strong_views_share_their_geometry(scenes):
+    options = {"jitter_probability": 0, "gray_probability": 0, "blur_probability": 0}
+    config = make_config(TINY | {"data": str(scenes)} | options)
+    items = load_data(config).unlabeled
+    plain = SegmentationDataset(items, labeled=False, transform=Augment(config, strong=True))[0, 3]
+    assert torch.equal(plain["weak"], plain["strong"])
+    config = make_config(TINY | {"data": str(scenes), "jitter_probability": 1.0})
+    strong = SegmentationDataset(items, labeled=False, transform=Augment(config, strong=True))[0, 3]
+    assert torch.equal(plain["weak"], strong["weak"])
+    assert not torch.equal(strong["weak"], strong["strong"])
+
+
+def test_rescale_keeps_labels_whole():
+    mask = tv_tensors.Mask(torch.tensor([[0, 255], [255, 3]], dtype=torch.uint8).repeat(8, 8))
+    scaled = RandomRescale((1.7, 1.7))({"mask": mask})["mask"]
+    assert scaled.shape == (27, 27)
+    assert set(scaled.unique().tolist()) == {0, 3, 255}
+
+
+def test_cutmix_cuts_every_grid_along_the_same_lines():
+    generator = torch.Generator().manual_seed(0)
+    boxes = cutmix_boxes(6, (5, 7), probability=0.8, generator=generator)
+    assert boxes.shape == (6, 1, 5, 7)
+    assert 0 < boxes.flatten(1).any(1).sum() < 7
+    for box in boxes[:, 0]:
+        rows, columns = box.any(1), box.any(0)
+        assert torch.equal(box, rows[:, None] & columns)  # one rectangle
+    source = torch.arange(6.0)[:, None, None, None]
+    feats = cutmix(source.expand(6, 2, 5, 7), boxes)
+    images = cutmix(source.expand(6, 3, 40, 56), boxes)
+    valid = cutmix((source > 2).expand(6, 1, 40, 56), boxes)
+    assert torch.equal(images[:, :1], feats[:, :1].repeat_interleave(8, -1).repeat_interleave(8, -2))
+    assert torch.equal(valid, images[:, :1] > 2)
+    assert set(torch.unique(feats[2]).tolist()) <= {1.0, 2.0}
+    assert not cutmix_boxes(6, (5, 7), probability=0.0, generator=generator).any()
+
+
+# --- objective -------------------------------------------------------------------------------------------------------
+
+
+def test_adaptive_threshold_follows_the_most_confident_pixel_of_each_class():
+    probabilities = torch.zeros(1, 4, 2, 2)
+    probabilities[0, :, 0, 0] = torch.tensor([0.7, 0.1, 0.1, 0.1])
+    probabilities[0, :, 0, 1] = torch.tensor([0.9, 0.1, 0.0, 0.0])
+    probabilities[0, :, 1, 0] = torch.tensor([0.1, 0.5, 0.2, 0.2])
+    probabilities[0, :, 1, 1] = torch.tensor([0.0, 0.0, 1.0, 0.0])
+    valid = torch.tensor([[[True, True], [True, False]]])
+    threshold = AdaptiveThreshold(0.85, 0.9)
+    threshold.update(probabilities, valid)
+    torch.testing.assert_close(threshold.value, torch.tensor(0.9 * 0.85 + 0.1 * (0.9 + 0.5) / 2))
+    before = threshold.value.clone()
+    threshold.update(probabilities, torch.zeros_like(valid))
+    assert torch.equal(threshold.value, before)
+    fixed = AdaptiveThreshold(0.85, 1.0)
+    fixed.update(probabilities, valid)
+    torch.testing.assert_close(fixed.value, torch.tensor(0.85))
+
+
+def make_halves(config):
+    torch.manual_seed(0)
+    shape = (2, 4, 32, 32)
+    labeled, strong, weak = (Output(torch.randn(shape), torch.rand(2, 8, 4, 4)) for _ in range(3))
+    for output in (labeled, strong):
+        output.logits.requires_grad_()
+        output.feats.requires_grad_()
+    target = torch.randint(0, 4, (2, 32, 32))
+    valid = torch.ones(2, 32, 32, dtype=torch.bool)
+    valid[:, :8] = False
+    return Objective(config), labeled, strong, weak, target, valid
+
+
+@pytest.mark.parametrize(
+    ("variant", "names"),
+    [
+        ("supervised", {"ce_l", "ce_u", "kl"}),  # its unlabelled half is never asked for
+        ("no_propagation", {"ce_l", "ce_u", "kl"}),
+        ("no_derivative_loss", {"ce_l", "ce_l_propagated", "ce_u", "ce_u_propagated", "kl"}),
+        ("full", {"ce_l", "ce_l_propagated", "ce_u", "ce_u_propagated", "kl", "der_l", "der_u"}),
+    ],
+)
+def test_terms_of_each_variant_and_their_weights(variant, names):
+    config = make_config({"variant": variant})
+    objective, labeled, strong, weak, target, valid = make_halves(config)
+    pseudo = objective.pseudo_labels(weak, valid, ramp=0.5)
+    torch.testing.assert_close(pseudo.sum(1), torch.ones(2, 32, 32))
+    confident = pseudo.amax(1) > 0.5
+    terms = objective.labeled(labeled, target, valid)
+    terms |= objective.unlabeled(strong, pseudo, confident, weak.feats, valid)
+    assert set(terms) == names
+    weights = {"ce_l": 0.5, "ce_l_propagated": 0.5, "kl": 0.25, "der_l": 0.5, "der_u": 0.5}
+    share = 0.25 if "ce_u_propagated" in names else 0.5
+    expected = sum(weights.get(name, share) * term for name, term in terms.items())
+    torch.testing.assert_close(objective.total(terms), expected)
+
+
+def test_ramp_blends_from_the_prediction_to_the_propagation():
+    objective, _, _, weak, _, valid = make_halves(make_config({}))
+    prediction = weak.logits.softmax(1)
+    propagated = objective.propagate(weak.logits, weak.feats, mask=valid).softmax(1)
+    torch.testing.assert_close(objective.pseudo_labels(weak, valid, ramp=0.0), prediction)
+    torch.testing.assert_close(objective.pseudo_labels(weak, valid, ramp=1.0), propagated)
+    plain = Objective(make_config({"rectify": False}))
+    torch.testing.assert_close(plain.pseudo_labels(weak, valid, ramp=1.0), prediction)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_detached_logits_train_the_features_only(detach):
+    objective, labeled, _, _, target, valid = make_halves(make_config({"detach_logits": detach}))
+    objective.labeled(labeled, target, valid)["ce_l_propagated"].backward()
+    assert labeled.feats.grad.abs().sum() > 0
+    assert (labeled.logits.grad is None) == detach
+
+
+def test_padding_and_void_do_not_count():
+    objective, labeled, strong, weak, target, valid = make_halves(make_config({}))
+    pseudo = objective.pseudo_labels(weak, valid, ramp=0.0)
+    confident = torch.ones_like(valid)
+    terms = objective.labeled(labeled, target, valid) | objective.unlabeled(
+        strong, pseudo, confident, weak.feats, valid
+    )
+    noise = torch.where(valid, 0, torch.randint(0, 4, target.shape))
+    terms_noisy = objective.labeled(labeled, (target + noise).clamp(max=3), valid)
+    assert all(torch.equal(terms[name], value) for name, value in terms_noisy.items())
+    nothing = objective.labeled(labeled, torch.full_like(target, 255), valid)
+    assert nothing["ce_l"] == nothing["ce_l_propagated"] == 0
+    all_padded = objective.unlabeled(strong, pseudo, confident, weak.feats, torch.zeros_like(valid))
+    assert all_padded["ce_u"] == all_padded["kl"] == 0
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_iou_is_of_the_data_set_and_ignores_void():
+    metric = make_metric(4)
+    metric.update(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 1, 255]]))
+    metric.update(torch.tensor([[0, 2, 1, 1]]), torch.tensor([[0, 0, 1, 1]]))
+    result = summarise(metric, ("a", "b", "c", "d"))
+    iou = {"a": 2 / 4, "b": 3 / 4, "c": 0.0}  # c is predicted and nowhere true; d is neither
+    assert {name: result["iou"][name] for name in iou} == pytest.approx(iou)
+    assert result["iou"]["d"] is None
+    assert result["miou"] == pytest.approx(sum(iou.values()) / 3)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_network_shapes_and_unknown_backbone():
+    config = make_config(TINY)
+    output = SegmentationNetwork(config, 6).eval()(torch.zeros(1, 3, 45, 60))
+    assert output.logits.shape == (1, 6, 45, 60)
+    assert output.feats.shape == (1, 8, 6, 8)
+    assert output.feats.min() >= 0
+    with pytest.raises(ConfigError, match="backbone: expected one of resnet10, resnet18, got 'vgg'"):
+        SegmentationNetwork(make_config({"backbone": "vgg"}), 6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_steps_of_every_variant(variant, scenes, tmp_path):
+    config = tiny(scenes, tmp_path, variant=variant)
+    state = torch.get_rng_state()
+    results = run(config, progress=False)
+    assert torch.equal(state, torch.get_rng_state())
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "last.pt", "panel.png", "results.json"}
+    assert results["config"] == config.to_dict()
+    assert results["classes"] == list(CLASS_NAMES)
+    assert results["evaluation"] == {"mode": "original", "images": 2}
+    assert set(results["seconds"]) == {"train", "evaluate"}
+    assert set(results["versions"]) == {"python", "torch", "torchvision", "torchmetrics", "dlprop"}
+    assert (results["last"]["averaged"] is not None) == (variant == "full")
+    for scores in filter(None, results["last"].values()):
+        for key in ("prediction", "propagated"):
+            assert 0 <= scores[key]["miou"] <= 1
+            assert set(scores[key]["iou"]) == set(CLASS_NAMES)
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert checkpoint["step"] == 2
+    assert checkpoint["config"] == config.to_dict()
+    assert (checkpoint["averager"] is not None) == (variant == "full")
+
+
+def test_softmax_setting_and_options_run(scenes, tmp_path):
+    options = {
+        "affinity": "softmax",
+        "similarity": "cosine",
+        "normalize": "none",
+        "weights": [20.0, 20.0],
+        "detach_logits": True,
+        "loss_norm": "frobenius",
+        "confidence": "fixed",
+        "average_every": "step",
+        "image_size": [32, 40],
+        "cache_images": True,
+    }
+    results = run(tiny(scenes, tmp_path, **options), progress=False)
+    assert results["history"][-1]["threshold"] == pytest.approx(0.85)
+
+
+def test_same_seed_same_weights(scenes, tmp_path):
+    def weights(name, **options):
+        run(tiny(scenes, tmp_path / name, **options), progress=False)
+        return torch.load(tmp_path / name / "last.pt", weights_only=True)
+
+    first, again, other = weights("a"), weights("b"), weights("c", seed=1)
+    for key in ("network", "averager"):
+        assert all(torch.equal(value, again[key][name]) for name, value in first[key].items())
+    assert first["history"] == again["history"]
+    assert any(not torch.equal(value, other["network"][name]) for name, value in first["network"].items())
+
+
+def test_a_checkpoint_gives_the_tested_network(scenes, tmp_path):
+    run(tiny(scenes, tmp_path), progress=False)
+    network, names = load_network(tmp_path / "last.pt")
+    assert names == list(CLASS_NAMES)
+    assert not network.training
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)["averager"]
+    weights = network.state_dict()
+    assert all(torch.equal(value, saved[f"module.{name}"]) for name, value in weights.items())
+
+
+def test_divergence_names_the_images(scenes, tmp_path, capsys):
+    options = {"lr": 1e30, "steps": 8, "variant": "supervised"}
+    with pytest.raises(DivergedError, match=r"loss is \S+ at step \d, on images labeled_\d+, labeled_\d+; try a lower"):
+        run(tiny(scenes, tmp_path, **options), progress=False)
+    assert not (tmp_path / "results.json").exists()
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | options).items()]
+    assert main(["train", f"--data={scenes}", f"--out={tmp_path}", *flags]) == 3
+    assert "diverged: loss is" in capsys.readouterr().err
+
+
+def test_devices_are_checked(scenes, tmp_path):
+    with pytest.raises(ConfigError, match="device: 'abacus' cannot be used here"):
+        run(tiny(scenes, tmp_path, device="abacus"), progress=False)
+
+
+def test_writes_are_whole_or_absent(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, {"x": float("nan")})
+    with pytest.raises(TypeError):
+        write_bytes(path, "text")
+    assert json.loads(path.read_text()) == {"x": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_demo_plans_every_run(tmp_path):
+    configs = demo_configs(tmp_path, seed=3, threads=0, steps=5)
+    assert list(configs) == list(RUNS)
+    assert {config.seed for config in configs.values()} == {3}
+    assert len({config.out for config in configs.values()}) == len(configs)
+    literal, working = (config for config in configs.values() if config.variant == "full")
+    assert (literal.affinity, literal.scale, literal.detach_logits) == ("linear", "sum", False)
+    assert (working.affinity, working.detach_logits) == ("softmax", True)
+
+
+@pytest.mark.slow
+def test_demo_from_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "examples.derprop_voc", "demo", "--steps", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for label, _ in RUNS.values():
+        assert label in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["runs"]) == set(RUNS)
+    assert (tmp_path / "comparison.png").is_file()
+
+
+def test_defaults_are_the_papers():
+    config = Config()
+    assert (config.weight_ce, config.weight_kl, config.weight_der, config.eta) == (0.5, 0.25, 0.5, 0.5)
+    assert (config.affinity, config.scale, config.max_order, config.average_every) == ("linear", "sum", 1, "epoch")
+    assert (config.threshold, config.threshold_momentum, config.average_momentum) == (0.85, 0.999, 0.5)

@@ -1,0 +1,105 @@
+"""Peak memory of the loss and of the propagation at 129 x 129 pixels and 256 channels, in a process of its own.
+
+One M x M matrix of float32 would take 1056 MiB there.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+MIB = 2**20
+
+# The whole process is measured, so everything that is allocated once is warmed up at a tiny size first.
+MEASURE = """
+import torch
+from dlprop import DerivativeLabelPropagation, DerivativeLoss
+
+def inputs(N, edge, case):
+    generator = torch.Generator().manual_seed(0)
+    feats = torch.rand(N, 256, edge, edge, generator=generator)
+    if case == "features":
+        target = torch.rand(N, 256, edge, edge, generator=generator)
+    elif case == "logits":
+        target = torch.rand(N, 21, edge, edge, generator=generator)
+    else:
+        target = torch.randint(21, (N, edge, edge), generator=generator)
+    return feats, target
+
+def peak():
+    # Not ru_maxrss: a new process inherits that from the one that started it.
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+{setup}
+
+def run(feats, target):
+{run}
+
+torch.set_num_threads(2)
+for _ in range(2):
+    run(*inputs(1, 24, {case!r}))
+arguments = inputs(1, {edge}, {case!r})
+before = peak()
+kept = run(*arguments)
+after = peak()
+print(after - before, sum(x.numel() * x.element_size() for x in kept))
+"""
+
+LOSS = """
+    value = loss(feats.requires_grad_(), target)
+    value.backward()
+    return []
+"""
+LINEAR = """
+    with torch.no_grad():
+        return [propagation(target, feats)]
+"""
+SOFTMAX = """
+    out = propagation(target.requires_grad_(), feats.requires_grad_())
+    out.sum().backward()
+    return [out, target.grad, feats.grad]
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc"),
+]
+
+
+def _added_bytes(setup, run, case, edge=129):
+    """Growth of the peak over the inputs and over what is returned."""
+    script = MEASURE.format(setup=setup, run=run, case=case, edge=edge)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    grown, kept = map(int, result.stdout.split())
+    return 1024 * grown - kept
+
+
+@pytest.mark.parametrize("case", ["labels", "features"])
+def test_loss_forward_and_backward(case):
+    assert _added_bytes("loss = DerivativeLoss()", LOSS, case) < 256 * MIB
+
+
+@pytest.mark.parametrize("options", ["norm='frobenius'", "num_anchors=256"])
+def test_linear_time_losses(options):
+    # O(M D): a copy of the features takes 16 MiB, and autograd keeps several of every order.
+    assert _added_bytes(f"loss = DerivativeLoss({options})", LOSS, "features") < 384 * MIB
+
+
+def test_linear_propagation():
+    assert _added_bytes("propagation = DerivativeLabelPropagation()", LINEAR, "logits") < 64 * MIB
+
+
+def test_softmax_propagation():
+    # One M x M matrix would take 338 MiB. A chunk of 256 rows takes 9 MiB, of which backward holds three, and a copy of
+    # the features 9 MiB.
+    setup = "propagation = DerivativeLabelPropagation(affinity='softmax', chunk_size=256)"
+    assert _added_bytes(setup, SOFTMAX, "logits", edge=97) < 200 * MIB
+
+
+def test_the_measurement_sees_a_dense_matrix():
+    # Where the dense matrices fit: 2401^2 floats are 22 MiB, and there are several.
+    dense = _added_bytes("loss = DerivativeLoss(backend='dense')", LOSS, "labels", edge=49)
+    tiled = _added_bytes("loss = DerivativeLoss(backend='tiled')", LOSS, "labels", edge=49)
+    assert dense > tiled + 44 * MIB
