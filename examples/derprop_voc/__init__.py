@@ -1,0 +1,1 @@
+"""DerProp training on any folder in VOC layout; `python -m examples.derprop_voc --help`."""

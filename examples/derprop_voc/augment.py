@@ -1,0 +1,106 @@
+"""Weak and strong views on torchvision's v2 transforms, and CutMix on everything that belongs to a pixel."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from .config import Config
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
+MEAN_COLOUR = tuple(round(255 * value) for value in MEAN)
+
+
+class RandomRescale(v2.Transform):
+    """Resizes by one random factor; v2's own resizes draw an edge length, which needs images of one size."""
+
+    def __init__(self, scales: Sequence[float]) -> None:
+        super().__init__()
+        self.low, self.high = scales
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draws the factor and rounds the new size."""
+        factor = self.low + (self.high - self.low) * torch.rand(()).item()
+        return {"size": [max(1, round(edge * factor)) for edge in v2.query_size(flat_inputs)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resizes one input, bilinearly or, for masks, to the nearest."""
+        return TF.resize(inpt, params["size"], antialias=True)
+
+
+class Augment(nn.Module):
+    """A sample's weak view and, if asked for, the strong view on the same crop.
+
+    Gives {"image", "valid"} with "mask" if there is one, or {"weak", "strong", "valid"}. Padding has label 0 and is
+    told from the class 0 by `valid` only.
+    """
+
+    def __init__(self, config: Config, *, strong: bool) -> None:
+        super().__init__()
+        fill = {tv_tensors.Image: MEAN_COLOUR, tv_tensors.Mask: 0}
+        self.weak = v2.Compose(
+            [
+                RandomRescale(config.rescale),
+                v2.RandomCrop(config.crop_size, pad_if_needed=True, fill=fill),
+                v2.RandomHorizontalFlip(),
+            ]
+        )
+        jitter = v2.ColorJitter(config.jitter, config.jitter, config.jitter, config.jitter / 2)
+        blur = v2.GaussianBlur(max(3, config.crop_size // 20 * 2 + 1), sigma=(0.1, 2.0))
+        self.colours = v2.Compose(
+            [
+                v2.RandomApply([jitter], config.jitter_probability),
+                v2.RandomGrayscale(config.gray_probability),
+                v2.RandomApply([blur], config.blur_probability),
+            ]
+        )
+        self.strong = strong
+
+    def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """One sample of `SegmentationDataset`."""
+        sample = self.weak(sample)
+        if not self.strong:
+            return sample | {"image": to_input(sample["image"])}
+        image = sample.pop("image")
+        return sample | {"weak": to_input(image), "strong": to_input(self.colours(image))}
+
+
+def to_input(image: Tensor) -> Tensor:
+    """uint8 RGB to the network's float input."""
+    return TF.normalize(TF.to_dtype(image, torch.float32, scale=True), MEAN, STD).as_subclass(Tensor)
+
+
+def cutmix_boxes(count: int, grid: Sequence[int], *, probability: float, generator: torch.Generator) -> Tensor:
+    """(count, 1, h, w) bool on the feature grid: True where an image receives its neighbour's pixels.
+
+    Boxes cover 2 to 40 % of the grid, sides in a ratio of 0.3 to 1/0.3. They lie on the coarsest grid that is mixed,
+    so that images, masks and features are cut along exactly the same lines.
+    """
+    h, w = grid
+    draw = torch.rand(5, count, generator=generator)
+    area = (0.02 + 0.38 * draw[0]) * h * w
+    ratio = 0.3 ** (2 * draw[1] - 1)
+    height = (area * ratio).sqrt().round().clamp(1, h)
+    width = (area / ratio).sqrt().round().clamp(1, w)
+    top = (draw[2] * (h - height + 1)).floor()
+    left = (draw[3] * (w - width + 1)).floor()
+    y, x = torch.arange(h)[None, :, None], torch.arange(w)[None, None, :]
+    bound = [value[:, None, None] for value in (top, top + height, left, left + width)]
+    inside = (y >= bound[0]) & (y < bound[1]) & (x >= bound[2]) & (x < bound[3])
+    return (inside & (draw[4] < probability)[:, None, None])[:, None]
+
+
+def cutmix(x: Tensor, boxes: Tensor) -> Tensor:
+    """Replaces each image's box by the same place of the next image of the batch.
+
+    Args:
+        x: (N, K, H, W), of any dtype; H and W are multiples of the boxes' grid.
+        boxes: (N, 1, h, w) bool of `cutmix_boxes`.
+    """
+    inside = F.interpolate(boxes.to(torch.uint8), x.shape[-2:], mode="nearest").bool()
+    return torch.where(inside, x.roll(1, 0), x)

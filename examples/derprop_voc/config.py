@@ -1,0 +1,226 @@
+"""Every option of a run: one frozen dataclass, read from YAML files and the command line."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+Variant = Literal["supervised", "no_propagation", "no_derivative_loss", "no_momentum", "full"]
+
+
+class ConfigError(ValueError):
+    """An option that is unknown, of the wrong type or out of range."""
+
+
+def option(default: Any, text: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field with its help text and, for numbers, its inclusive range."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of one training run; `--help` prints each with its default.
+
+    Tuples are YAML lists; an empty one means "not set". Strings that YAML would read as numbers need quotes there
+    (`partition: "1_8"`), not on the command line.
+    """
+
+    data: str = option("", "folder in VOC layout (JPEGImages, SegmentationClass, ImageSets/Segmentation)")
+    partition: str = option("1_8", "folder under ImageSets/Segmentation that holds labeled.txt and unlabeled.txt")
+    num_classes: int = option(0, "classes; 0: as many as names, else the largest labelled id plus one", low=0, high=255)
+    class_names: tuple[str, ...] = option((), "names in id order; empty: the lines of classes.txt, else the ids")
+    image_size: tuple[int, ...] = option((), "working height and width; empty: as stored. Evaluation is as stored")
+    cache_images: bool = option(False, "keep decoded images in memory (small data sets; per worker)")
+    workers: int = option(0, "data loading processes; results do not depend on it", low=0)
+    out: str = option("runs/train", "run folder")
+
+    crop_size: int = option(128, "edge of the square training crop, a multiple of 8", low=32)
+    rescale: tuple[float, ...] = option((0.5, 2.0), "range of the random resize")
+    jitter: float = option(0.5, "strength of the strong view's colour jitter", low=0, high=1)
+    jitter_probability: float = option(0.8, "probability of the colour jitter", low=0, high=1)
+    gray_probability: float = option(0.2, "probability of the grayscale conversion", low=0, high=1)
+    blur_probability: float = option(0.5, "probability of the blur", low=0, high=1)
+    cutmix_probability: float = option(1.0, "probability that an image receives a CutMix box", low=0, high=1)
+
+    backbone: str = option("resnet18", "name in model.BACKBONES")
+    atrous_rates: tuple[int, ...] = option((3, 6, 9), "dilations of ASPP")
+    decoder_channels: int = option(128, "channels of ASPP and of the fused map", low=1)
+    low_channels: int = option(32, "channels of the low-level branch", low=1)
+    feature_channels: int = option(64, "D, channels of the projection J", low=4)
+    nonnegative: bool = option(True, "end J with a ReLU, so that similarities of order 0 are at least 0")
+
+    variant: Variant = option(  # noqa: RUF009, an alias hides from ruff that this is a field
+        "full", "which of the method's parts are used; see the README"
+    )
+    affinity: Literal["linear", "softmax"] = option("linear", "linear: Eq. 4; softmax: as released")
+    scale: Literal["sum", "mean", "degree"] = option("sum", "scale of the linear affinity")
+    resolution: Literal["feats", "logits"] = option("feats", "grid that propagation runs on")
+    similarity: Literal["dot", "cosine"] = option("dot", "similarity of the propagation")
+    normalize: Literal["l1", "l2", "softmax", "none"] = option("l1", "features before differencing, when propagating")
+    scheme: Literal["forward", "central", "sum", "laplacian"] = option("forward", "operator: Eq. 2, 10, 11 or 12")
+    max_order: int = option(1, "Q, the highest order of the similarity", low=0)
+    weights: tuple[float, ...] = option((), "one weight per order 0..Q; empty: ones")
+    detach_logits: bool = option(False, "let the loss on P~ train the features only")
+    rectify: bool = option(True, "pseudo-labels from Eq. 5; false: from P alone")
+
+    weight_ce: float = option(0.5, "weight of L_CE, Eq. 7", low=0)
+    weight_kl: float = option(0.25, "weight of L_KL, Eq. 7", low=0)
+    weight_der: float = option(0.5, "weight of L_Der, Eq. 7", low=0)
+    loss_norm: Literal["l1", "frobenius"] = option("l1", "norm of L_Der's residuals")
+    loss_normalize: Literal["l1", "l2", "softmax", "none"] = option("l1", "features before differencing, in L_Der")
+    eta: float = option(0.5, "weight of L_Der's sparsity term", low=0)
+    num_anchors: int = option(0, "target pixels an image sampled by L_Der; 0: all pairs", low=0)
+    unlabeled_warmup: float = option(
+        0.0, "share of the steps over which the unlabelled terms' weights rise from 0 (from scratch)", low=0, high=1
+    )
+    confidence: Literal["adaptive", "fixed"] = option("adaptive", "global threshold on the pseudo-labels' confidence")
+    threshold: float = option(0.85, "the fixed threshold, or where the adaptive one starts", low=0, high=1)
+    threshold_momentum: float = option(0.999, "momentum of the adaptive threshold", low=0, high=1)
+
+    steps: int = option(500, "optimiser steps", low=1)
+    labeled_batch: int = option(4, "labelled images a step", low=2)
+    unlabeled_batch: int = option(4, "unlabelled images a step", low=2)
+    lr: float = option(0.02, "learning rate of SGD, decayed polynomially to 0", low=0)
+    head_lr_multiplier: float = option(1.0, "learning rate of all but the backbone, as a multiple of lr", low=0)
+    lr_power: float = option(0.9, "power of the decay", low=0)
+    sgd_momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = option(1e-4, "weight decay", low=0)
+    average_every: Literal["epoch", "step"] = option("epoch", "when the momentum network is updated (Eq. 6: epoch)")
+    average_momentum: float = option(0.5, "momentum of the momentum network", low=0, high=1)
+
+    seed: int = option(0, "seed of everything random", low=0)
+    threads: int = option(0, "CPU threads; 0: torch's choice. Results are repeatable for one number of threads", low=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:<index>")
+    panel_images: int = option(4, "validation images in the panel picture", low=1)
+
+    def __post_init__(self) -> None:
+        for name, kind in hints().items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+        for item in fields(self):
+            _check_range(item.name, getattr(self, item.name), item.metadata["low"], item.metadata["high"])
+        if self.crop_size % 8:
+            raise ConfigError(
+                f"crop_size: expected a multiple of 8 (CutMix boxes lie on that grid), got {self.crop_size}"
+            )
+        if len(self.image_size) not in (0, 2) or any(edge < 1 for edge in self.image_size):
+            raise ConfigError(f"image_size: expected a height and a width, got {list(self.image_size)}")
+        if len(self.rescale) != 2 or not 0 < self.rescale[0] <= self.rescale[1]:
+            raise ConfigError(f"rescale: expected two positive numbers in rising order, got {list(self.rescale)}")
+        if self.weights and len(self.weights) != self.max_order + 1:
+            raise ConfigError(
+                f"weights: expected max_order + 1 = {self.max_order + 1} numbers, got {len(self.weights)}"
+            )
+        if self.num_classes and self.class_names and self.num_classes != len(self.class_names):
+            raise ConfigError(f"class_names: expected num_classes = {self.num_classes}, got {len(self.class_names)}")
+        if self.affinity == "softmax" and self.scale != "sum":
+            raise ConfigError(f"scale: {self.scale!r} applies to the linear affinity only; leave it at 'sum'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain YAML and JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @property
+    def propagates(self) -> bool:
+        """Whether training uses Eq. 4 and 5."""
+        return self.variant in ("no_derivative_loss", "no_momentum", "full")
+
+    @property
+    def has_derivative_loss(self) -> bool:
+        """Whether training uses L_Der."""
+        return self.variant in ("no_momentum", "full")
+
+    @property
+    def averages(self) -> bool:
+        """Whether Eq. 6 keeps a momentum network."""
+        return self.variant == "full"
+
+
+def hints() -> dict[str, Any]:
+    """Option names with their types, in the order of the dataclass."""
+    return {name: kind for name, kind in get_type_hints(Config).items() if name in Config.__dataclass_fields__}
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`, or an error that names the option, what was expected and what came."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ConfigError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
+        return value
+    if get_origin(kind) is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ConfigError(f"{name}: expected a list, got {value!r}")
+        return tuple(_checked(name, item, get_args(kind)[0]) for item in value)
+    if kind is float and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-3 as a string.
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{name}: expected a number, got {value!r}") from None
+    if type(value) is not kind:
+        quotes = " (in YAML, quote it)" if kind is str else ""
+        raise ConfigError(f"{name}: expected {kind.__name__}{quotes}, got {value!r}")
+    return value
+
+
+def _check_range(name: str, value: Any, low: float | None, high: float | None) -> None:
+    if low is not None and not low <= value:
+        raise ConfigError(f"{name}: expected at least {low}, got {value}")
+    if high is not None and not value <= high:
+        raise ConfigError(f"{name}: expected at most {high}, got {value}")
+
+
+def make_config(values: Mapping[str, Any]) -> Config:
+    """A `Config` from plain values; unknown names are errors."""
+    unknown = [str(name) for name in values if name not in hints()]
+    if unknown:
+        raise ConfigError(f"unknown option {', '.join(sorted(unknown))}; known: {', '.join(hints())}")
+    return Config(**values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options of one YAML file."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected 'option: value' lines, found {type(values).__name__}")
+    return values
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config` and one flag for every option of `Config`."""
+    parser.add_argument("--config", nargs="+", default=[], metavar="YAML", type=Path, help="option files; later win")
+    for item in fields(Config):
+        kind = hints()[item.name]
+        shown = list(item.default) if isinstance(item.default, tuple) else item.default
+        arguments: dict[str, Any] = {
+            "dest": item.name,
+            "default": argparse.SUPPRESS,
+            "help": f"{item.metadata['help']} (default: {shown})".replace("%", "%%"),
+        }
+        if kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
+            arguments["choices"] = get_args(kind)
+        elif get_origin(kind) is tuple:
+            arguments |= {"nargs": "*", "type": get_args(kind)[0], "metavar": item.name.upper()}
+        else:
+            arguments |= {"type": kind, "metavar": item.name.upper()}
+        parser.add_argument(f"--{item.name.replace('_', '-')}", **arguments)
+
+
+def config_from_arguments(arguments: argparse.Namespace) -> Config:
+    """Defaults, then every `--config` file, then the flags that were given."""
+    values: dict[str, Any] = {}
+    for path in arguments.config:
+        values |= read_yaml(path)
+    values |= {name: value for name, value in vars(arguments).items() if name in hints()}
+    return make_config(values)
