@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 
 from dlprop import DerivativeLoss
 from dlprop.loss import derivative_loss
@@ -800,3 +800,57 @@ def test_module_has_no_state():
     assert not list(loss.parameters())
     assert not list(loss.buffers())
     loss.load_state_dict({})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a plausible implementation would answer wrongly without a word
+
+
+@pytest.mark.parametrize("num_anchors", [None, 4])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch calls it itself
+def test_forward_mode_is_refused(num_anchors):
+    # A custom op drops the tangent: the derivative would come out as that of the sparsity term alone.
+    feats, labels = torch.rand(1, 5, 3, 3, dtype=F64), torch.randint(0, 3, (1, 3, 3))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        derivative_loss(forward_ad.make_dual(feats, torch.randn_like(feats)), labels, num_anchors=num_anchors)
+
+
+def test_the_squared_norm_keeps_its_gradient_where_rounding_makes_it_negative():
+    # Nearly one-hot features, as the labels ask for: the value is below the rounding of its terms, the gradient is not.
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 64, (1, 2048), generator=generator)
+    noise = 3e-4 / 64 * torch.rand(1, 64, 2048, generator=generator)
+    exact = (torch.nn.functional.one_hot(labels, 64).mT + noise).to(F64)
+
+    def gradient(dtype):
+        feats = exact.to(dtype).requires_grad_()
+        loss = derivative_loss(feats, labels, norm="frobenius", max_order=0, eta=0.0, reduction="sum")
+        assert loss >= 0
+        return torch.autograd.grad(loss, feats)[0]
+
+    expected = gradient(F64)
+    assert (gradient(F32) - expected).norm() < 0.2 * expected.norm()
+
+
+def test_negative_labels_that_nobody_could_check_are_ignored_by_every_backend():
+    feats = torch.rand(1, 6, 4, dtype=F64)
+    labels = torch.tensor([[-2, -2, -1, 3]])
+    compiled = torch.compile(derivative_loss, backend="eager", fullgraph=True)
+    expected = derivative_loss(feats, torch.tensor([[255, 255, 255, 3]]))
+    for backend in ("dense", "tiled", "auto"):
+        assert_close(compiled(feats, labels, backend=backend), expected, "loss")
+
+
+def test_labels_of_a_tensor_subclass_are_checked():
+    class Mask(torch.Tensor):
+        pass
+
+    labels = torch.full((1, 3, 3), -7).as_subclass(Mask)
+    with pytest.raises(ValueError, match="target must hold labels"):
+        derivative_loss(torch.rand(1, 6, 3, 3), labels)
+
+
+def test_eight_bit_floats_are_refused():
+    feats = torch.rand(1, 6, 3, 3).to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"feats .* 16 bits or more.*float8"):
+        derivative_loss(feats, torch.zeros(1, 3, 3, dtype=torch.int64))

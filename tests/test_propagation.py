@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from dlprop import DerivativeLabelPropagation, derivative_similarity
 from dlprop.propagation import derivative_label_propagation as propagate
@@ -887,3 +888,40 @@ def test_linear_propagation_is_the_sum_of_derivative_similarities(similarity, sc
     S = sum(w * derivative_similarity(feats, target_feats, order=q, **options) for q, w in enumerate((1.0, 0.5, 0.25)))
     out = propagate(logits, feats, target_feats, max_order=2, weights=(1.0, 0.5, 0.25), **options)
     assert_close(out.flatten(2), (logits.flatten(2) @ S).numpy(), "propagation")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a plausible implementation would answer wrongly without a word
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch calls it itself
+def test_forward_mode_of_the_softmax_affinity_is_refused():
+    # A custom op drops the tangent: the derivative would come out as 0.
+    logits, feats = torch.randn(1, 2, 9), torch.rand(1, 5, 9)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        propagate(forward_ad.make_dual(logits, torch.ones_like(logits)), feats, affinity="softmax")
+
+
+def test_rectify_is_rounded_once_in_half_precision():
+    # L' exceeds the range of float16 here; its softmax does not.
+    logits, feats = (40 + torch.randn(1, 4, 60, 60)).half(), torch.rand(1, 32, 60, 60).half()
+    module = DerivativeLabelPropagation(normalize="l2")
+    assert module(logits, feats).isinf().any()
+    probabilities = module.rectify(logits, feats, 1.0)
+    expected = module.rectify(logits.double(), feats.double(), 1.0)
+    assert probabilities.dtype == torch.float16
+    # float32 resolves L' near 1e5 to 0.01, and the softmax passes at most half of an error on.
+    assert (probabilities.double() - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("affinity", ["linear", "softmax"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_a_masked_source_with_nan_features_carries_nothing(affinity, similarity, backend):
+    logits, feats, targets = torch.randn(1, 2, 9), torch.rand(1, 5, 9), torch.rand(1, 5, 7)
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    mask[0, 3] = False
+    options = {"mask": mask, "affinity": affinity, "similarity": similarity, "backend": backend}
+    expected = propagate(logits, feats, targets, **options)
+    feats[0, :, 3] = torch.nan
+    assert torch.equal(propagate(logits, feats, targets, **options), expected)

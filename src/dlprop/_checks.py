@@ -41,7 +41,8 @@ def real(name: str, value: Any, minimum: float = -math.inf, maximum: float = mat
         raise TypeError(f"{name} must be a real number, got {type(value).__name__} {value!r}")
     number = float(value)
     if not (abs(number) < math.inf and minimum <= number <= maximum):
-        allowed = "finite" if minimum == -math.inf else f"in [{minimum:g}, {maximum:g}]"
+        allowed = f"in [{minimum:g}, {maximum:g}]" if maximum < math.inf else "finite"
+        allowed += f" and at least {minimum:g}" if -math.inf < minimum and maximum == math.inf else ""
         raise ValueError(f"{name} must be {allowed}, got {value}")
     return number
 
@@ -72,8 +73,10 @@ def floating(name: str, x: Any) -> None:
     """Raise unless ``x`` is a floating-point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}; convert it with {name}.float()")
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name} must have a floating-point dtype of 16 bits or more, got {x.dtype}; convert it with {name}.float()"
+        )
 
 
 def pixels(name: str, x: Any, axes: str = "N, D, H, W") -> None:
@@ -141,8 +144,13 @@ def enough_channels(name: str, D: int, order: int, step: int, scheme: str) -> No
 
 
 def values_are_known(x: Tensor) -> bool:
-    """Whether looking at the values of ``x`` costs no host sync and breaks no graph: eager tensors on the CPU."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+    """Whether looking at the values of ``x`` costs no host sync and breaks no graph: eager tensors on the CPU.
+
+    Subclasses that only override functions (torchvision's `Mask`) hold values, those that override the dispatch (fake
+    tensors) may not.
+    """
+    has_values = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and has_values
 
 
 def autocast_enabled(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.library import define, impl, register_autograd, register_fake
 
 from ._kernels import dense, tiled
@@ -40,6 +41,23 @@ def _refuse_second_derivative(*_: Any) -> None:
         "computed in one pass and keeps no graph; drop create_graph=True, or use norm='frobenius' or "
         "affinity='linear', which can"
     )
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    # A custom op drops the tangent of a dual tensor without a word.
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            "dlprop: the pairwise loss and the softmax affinity have no forward-mode derivative; use reverse mode, or "
+            "norm='frobenius' or affinity='linear', which have one"
+        )
+
+
+def _check_gradient_was_kept(grad: Tensor, grad_loss: Tensor) -> None:
+    # Only an exported graph can get here: it fixes at export whether the gradient is computed along.
+    if grad.numel() == 0 and grad_loss.numel() > 0:
+        raise RuntimeError(
+            "dlprop: this graph of the pairwise loss was exported for inference; export it with feats that require grad"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,8 +92,11 @@ def _pairwise_l1_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _pairwise_l1_backward(ctx: Any, grad_loss: Tensor | None, second: Tensor | None) -> tuple[Any, ...]:
     if second is not None:
         _refuse_second_derivative()
+    if grad_loss is None:
+        return (None,) * 5
     (grad,) = ctx.saved_tensors
-    return (None if grad_loss is None else grad_loss[:, None, None] * grad), None, None, None, None
+    _check_gradient_was_kept(grad, grad_loss)
+    return grad_loss[:, None, None] * grad, None, None, None, None
 
 
 register_fake("dlprop::pairwise_l1", _pairwise_l1_fake)
@@ -124,6 +145,7 @@ def _pairwise_l1_cross_backward(ctx: Any, grad_loss: Tensor | None, *second: Ten
         _refuse_second_derivative()
     if grad_loss is None:
         return (None,) * 7
+    _check_gradient_was_kept(ctx.saved_tensors[0], grad_loss)
     grad_a, grad_c = (grad_loss[:, None, None] * grad for grad in ctx.saved_tensors)
     return grad_a, grad_c, None, None, None, None, None
 
@@ -207,12 +229,14 @@ register_autograd("dlprop::softmax_affinity_backward", _refuse_second_derivative
 
 def pairwise_l1(a: Tensor, g: Tensor, tile: int | None, backend: str) -> Tensor:
     """The sums of `dlprop::pairwise_l1`; the gradient is computed along if one will be asked for."""
+    _refuse_forward_mode(a)
     loss: Tensor = torch.ops.dlprop.pairwise_l1(a, g, tile, backend, torch.is_grad_enabled() and a.requires_grad)[0]
     return loss
 
 
 def pairwise_l1_cross(a: Tensor, c: Tensor, g: Tensor, h: Tensor, tile: int | None, backend: str) -> Tensor:
     """The sums of `dlprop::pairwise_l1_cross`; the gradients are computed along if they will be asked for."""
+    _refuse_forward_mode(a, c)
     need_grad = torch.is_grad_enabled() and (a.requires_grad or c.requires_grad)
     loss: Tensor = torch.ops.dlprop.pairwise_l1_cross(a, c, g, h, tile, backend, need_grad)[0]
     return loss
@@ -220,5 +244,6 @@ def pairwise_l1_cross(a: Tensor, c: Tensor, g: Tensor, h: Tensor, tile: int | No
 
 def softmax_affinity(logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str) -> Tensor:
     """The propagated logits of `dlprop::softmax_affinity`."""
+    _refuse_forward_mode(logits, queries, keys)
     out: Tensor = torch.ops.dlprop.softmax_affinity(logits, queries, keys, chunk, backend)[0]
     return out

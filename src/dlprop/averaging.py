@@ -23,7 +23,11 @@ class MomentumAverager(AveragedModel):
     The first update copies. Call `update` after each epoch (the paper's Eq. 6, with momentum 0.5) or after each step
     (then for instance momentum 0.996). The copy, `.module`, needs no gradient and stays in eval mode, whatever
     `train()` is called on; calling the averager calls it. It is a `torch.optim.swa_utils.AveragedModel`, and whatever
-    takes one takes it, but for `update_bn`: that needs train mode, so give it `averager.module`.
+    takes one takes it, but for `update_bn`: that needs train mode, so give it `averager.module` (given the averager
+    it would reset the statistics and never refill them).
+
+    The average has the dtype of `model` at construction. In half precision small steps round away, so build it from
+    the float32 model and cast the model afterwards; updates convert.
 
     Args:
         model: the module to follow; DistributedDataParallel, DataParallel and `torch.compile` wrappers are removed.

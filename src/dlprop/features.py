@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor
 
 from ._checks import autocast_enabled
@@ -81,7 +81,7 @@ def resize_adjoint(x: Tensor, size: Sequence[int], align_corners: bool) -> Tenso
     x = at_least_float32(x)
     rows = interpolation_matrix(size[0], x.shape[2], align_corners, like=x)
     columns = interpolation_matrix(size[1], x.shape[3], align_corners, like=x)
-    return einsum(x @ columns, rows, "n c h w, h i -> n c i w")
+    return (rows.mT @ x) @ columns
 
 
 def nearest_rows(source: int, target: int, align_corners: bool, device: torch.device) -> Tensor:

@@ -71,7 +71,8 @@ def derivative_loss(
         num_anchors: compare all pixels with `K` target pixels only, drawn anew at each call without replacement from
             torch's default generator: unbiased, O(M K D). Not with "frobenius".
         chunk_size: tile edge in pixels; None chooses by device.
-        backend: "auto", "dense" (the M x M matrices, for reference), "tiled" or "triton".
+        backend: "auto", "dense" (the M x M matrices, for reference), "tiled", or "triton" (not in this version).
+            "frobenius" knows only "dense" and its linear-time form.
 
     Returns:
         A scalar, or `(N,)` with reduction "none", in the dtype of `feats` but at least float32. With no valid pair the
@@ -86,8 +87,10 @@ def derivative_loss(
             that cannot run here.
 
     Cost:
-        "l1": time 4 M^2 D an image and order, value and gradient together, memory O(M D).
-        "frobenius": time O(M D^2), memory O(M D). With `num_anchors=K`: time O(M K D).
+        "l1": time 4 M^2 D an image and order against features, 3 M^2 D against labels, value and gradient together;
+        memory O(M D).
+        "frobenius": time O(M D^2), memory O(M D); in float32 a value below 1e-7 of a mean pair of labels is rounding.
+        With `num_anchors=K`: time O(M K D).
 
     Example:
         >>> feats = torch.eye(3)[None]  # N=1, D=3, M=3: three pixels on three channels
@@ -99,7 +102,7 @@ def derivative_loss(
     Reference:
         DerProp, Eq. 3, 8 and 9.
     """
-    _check_options(
+    options = _check_options(
         max_order,
         eta,
         norm,
@@ -115,6 +118,7 @@ def derivative_loss(
     _check_tensors(feats, target, mask, max_order, scheme, ignore_index)
     check_backend(backend, feats)
 
+    eta = options["eta"]
     with full_precision(feats):
         V = normalize_features(flatten(feats), normalize)
         N, _, M = V.shape
@@ -213,18 +217,24 @@ def _frobenius(a: Tensor, g: Tensor) -> Tensor:
     """`||a^T a - G||_F^2` from D x D products, in time linear in the pixels.
 
     Against features it is written in their difference `E = a - g` and sum `T = a + g`:
-    `a^T a - g^T g = (E^T T + T^T E) / 2`, so `(<E E^T, T T^T> + tr(E T^T E T^T)) / 2`. Each term is of the size of
-    the result, where `||a a^T||^2 - 2 ||a g^T||^2 + ||g g^T||^2` would cancel once the two are close.
+    `a^T a - g^T g = (E^T T + T^T E) / 2`, so `(<E E^T, T T^T> + tr(E T^T E T^T)) / 2`. For features that are close, as
+    those of two views are, each term is of the size of the result, where `||a a^T||^2 - 2 ||a g^T||^2 + ||g g^T||^2`
+    would cancel.
     """
     if g.is_floating_point():
         E, T = a - g, a + g
         ET = E @ T.mT
         total = ((E @ E.mT) * (T @ T.mT)).sum(dim=(1, 2)) + (ET * ET.mT).sum(dim=(1, 2))
-        return (total / 2).clamp_min(0)
+        return _clamped(total / 2)
     sums, counts = _class_sums(a, g)
     gram = a @ a.mT
     squares = gram.square().sum(dim=(1, 2)) - 2 * sums.square().sum(dim=(1, 2)) + counts.square().sum(dim=1)
-    return squares.clamp_min(0)
+    return _clamped(squares)
+
+
+def _clamped(squares: Tensor) -> Tensor:
+    """``squares`` without the negative values that rounding makes, and with the gradient of the unclamped sum."""
+    return squares + (squares.clamp_min(0) - squares).detach()
 
 
 def _dense_frobenius(a: Tensor, g: Tensor) -> Tensor:
@@ -256,7 +266,7 @@ def _labels(
         target = sample_nearest(target, feats.shape[2:], align_corners)
         mask = None if mask is None else sample_nearest(mask, feats.shape[2:], align_corners)
     labels = target.flatten(1).long()  # before comparing: a uint8 map would wrap a negative ignore_index
-    valid = labels != ignore_index
+    valid = (labels != ignore_index) & (labels >= 0)  # where negative labels are no error, no kernel may see them
     if mask is not None:
         valid = valid & mask.flatten(1)
     return torch.where(valid, labels, IGNORED), valid
@@ -277,7 +287,7 @@ def _take(x: Tensor, pixels: Tensor) -> Tensor:
 
 
 def _on_valid(x: Tensor, valid: Tensor | None) -> Tensor:
-    """``x`` (N, D, M) with zeros for ignored pixels, whose residuals and gradients then vanish, NaN or not."""
+    """``x`` (N, D, M) with zeros for ignored pixels, NaN or not, so that their residuals vanish."""
     return x if valid is None else torch.where(valid[:, None], x, 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +16,7 @@ from .difference import SCHEMES, STEP, Scheme, difference, metric
 from .features import (
     NORMALIZATIONS,
     Normalize,
+    at_least_float32,
     flatten,
     full_precision,
     inverse_norm,
@@ -71,7 +72,8 @@ def derivative_label_propagation(
         target_feats: features `V'` of the targets, `(N, D, h', w')` or `(N, D, M')`; another image, frame or grid is
             allowed. None means `feats`.
         mask: bool on the logits' grid, `(N, H, W)` or `(N, M)`. False sources carry nothing and do not count in
-            "mean" and "degree". Where the logits are resized it is resized with the same weights.
+            "mean" and "degree". Where the logits are resized it is resized with the same weights, and features under
+            masked logits still count where a neighbour is unmasked.
         max_order: highest order `Q` of the difference.
         weights: the `Q + 1` weights `w_q` of the orders 0..Q; None means ones.
         scheme: "forward", "central", "sum" or "laplacian", see `finite_difference`.
@@ -83,14 +85,16 @@ def derivative_label_propagation(
             (gets 0 when `target_feats` is given).
         resolution: for logits on another grid than `feats`. "feats" resizes the logits to the grid of the features and
             the result back; "logits" propagates at full resolution with upsampled features, which for the linear dot
-            form costs no more, because the adjoint of the upsampling is applied to the logits instead.
+            form costs little more, because the adjoint of the upsampling is applied to the logits instead.
         align_corners: of every bilinear resize.
         chunk_size: source rows of the softmax affinity that exist at once; None chooses by memory. Ignored by linear.
-        backend: "auto", "dense" (the M x M matrices, for reference), "tiled" or "triton".
+        backend: "auto", "dense" (the M x M matrices, for reference), "tiled", or "triton" (not in this version). The
+            linear affinity knows only "dense" and its low-rank form.
 
     Returns:
         `L'` in the dtype of `logits`, `(N, C, H, W)` on the logits' grid, or `(N, C, h', w')` if `target_feats` has
-        another grid than `feats`; flat inputs give `(N, C, M')`.
+        another grid than `feats`; flat inputs give `(N, C, M')`. float16 overflows where Eq. 4 exceeds 65,504: use
+        "mean" or "degree".
 
     Raises:
         TypeError: tensors that are not floating or differ in dtype outside autocast, a mask that is not bool,
@@ -112,7 +116,7 @@ def derivative_label_propagation(
     Reference:
         DerProp, Eq. 1, 4 and 9. The softmax form is that of the paper's released code.
     """
-    _check_options(
+    options = _check_options(
         max_order,
         weights,
         scheme,
@@ -127,69 +131,55 @@ def derivative_label_propagation(
     )
     _check_tensors(logits, feats, target_feats, mask, max_order, scheme)
     check_backend(backend, logits)
-    order_weights = tuple(float(w) for w in weights) if weights is not None else (1.0,) * (max_order + 1)
+    propagate = partial(
+        _propagate,
+        weights=options["weights"] or (1.0,) * (max_order + 1),
+        scheme=scheme,
+        similarity=similarity,
+        affinity=affinity,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    grid, logits_grid = feats.shape[2:], logits.shape[2:]
+    is_resized = logits.ndim == 4 and logits_grid != grid
+    returns_to_logits_grid = target_feats is None or target_feats.shape[2:] == grid
 
     tensors = (logits, feats) if target_feats is None else (logits, feats, target_feats)
     dtype = reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
     V = feats.to(dtype)
     targets = V if target_feats is None else target_feats.to(dtype)
     own = logits.to(dtype)
-    source = own if mask is None else torch.where(mask[:, None], own, 0)
+    source = own
+    if mask is not None:
+        source = torch.where(mask[:, None], own, 0)
+        if not is_resized:
+            V = torch.where(mask[:, None], V, 0)  # 0 * NaN would carry a masked source's features after all
     if scale != "sum":
         # One more channel counts the sources, each a fraction of one where a mask is resized.
         count = torch.ones_like(own[:, :1]) if mask is None else mask[:, None].to(dtype)
         source = torch.cat((source, count), dim=1)
-    grid, logits_grid = feats.shape[2:], logits.shape[2:]
-    returns_to_logits_grid = targets.shape[2:] == grid
-    resized = logits.ndim == 4 and logits_grid != grid
-
-    def propagate(source: Tensor, V: Tensor, targets: Tensor, normalize: Normalize) -> Tensor:
-        flat_V = flatten(V)
-        flat = flatten(source), flat_V, flat_V if targets is V else flatten(targets)
-        if affinity == "softmax":
-            out = _softmax(*flat, order_weights, scheme, normalize, similarity, chunk_size, backend)
-        elif backend == "dense":
-            out = _dense_linear(*flat, order_weights, scheme, normalize, similarity)
-        elif similarity == "cosine":
-            out = _linear_cosine(*flat, order_weights, scheme, normalize)
-        else:
-            out = _linear_dot(*flat, order_weights, scheme, normalize)
-        return out.unflatten(2, targets.shape[2:]) if targets.ndim == 4 else out
-
-    def rescale(out: Tensor, source: Tensor, own: Tensor) -> Tensor:
-        if scale == "mean":
-            total = source[:, -1].flatten(1).sum(dim=1).view(-1, *(1,) * (out.ndim - 1))
-            return out[:, :-1] / torch.where(total == 0, 1, total)
-        if scale == "degree":
-            degree = out[:, -1:]
-            is_isolated = degree <= 0  # false for NaN, which therefore stays NaN
-            fallback = own if target_feats is None else 0
-            return torch.where(is_isolated, fallback, out[:, :-1] / torch.where(is_isolated, 1, degree))
-        return out
 
     with full_precision(logits):
-        if not resized:
-            out = rescale(propagate(source, V, targets, normalize), source, own)
+        if not is_resized:
+            out = propagate(source, V, targets, normalize)
         elif resolution == "feats":
-            source = resize(source, grid, align_corners)
-            own = resize(own, grid, align_corners)
-            out = rescale(propagate(source, V, targets, normalize), source, own)
-            if returns_to_logits_grid:
-                out = resize(out, logits_grid, align_corners)
+            source, own = (resize(x, grid, align_corners) for x in (source, own))
+            out = propagate(source, V, targets, normalize)
         elif affinity == "linear" and similarity == "dot" and backend != "dense":
             # L (U^T V^T K V U) = ((L U^T) V^T K V) U: propagate on the grid of the features.
             source = resize_adjoint(source, grid, align_corners)
             out = propagate(source, V, targets, normalize)
             if returns_to_logits_grid:
                 out = resize(out, logits_grid, align_corners)
-            out = rescale(out, source, own)
         else:
-            same = targets is V
-            V = resize(normalize_features(V, normalize), logits_grid, align_corners)
-            targets = V if same else normalize_features(targets, normalize)
+            V_full = resize(normalize_features(V, normalize), logits_grid, align_corners)
+            targets_full = V_full if targets is V else normalize_features(targets, normalize)
             if returns_to_logits_grid:
-                targets = resize(targets, logits_grid, align_corners)
-            out = rescale(propagate(source, V, targets, None), source, own)
+                targets_full = resize(targets_full, logits_grid, align_corners)
+            out = propagate(source, V_full, targets_full, None)
+        out = _rescale(out, source, own if target_feats is None else None, scale)
+        if is_resized and resolution == "feats" and returns_to_logits_grid:
+            out = resize(out, logits_grid, align_corners)
     return out.to(logits.dtype)
 
 
@@ -260,7 +250,8 @@ class DerivativeLabelPropagation(nn.Module):
 
         Raises:
             TypeError: as the propagation, or `ramp` is no number.
-            ValueError: as the propagation, `ramp` outside [0, 1], or `target_feats` on another grid than `feats`.
+            ValueError: as the propagation, `ramp` outside [0, 1], or a `target_feats` on a grid that is neither that of
+                `feats` nor that of `logits`.
 
         Example:
             >>> logits, feats = torch.zeros(1, 4, 8, 8), torch.rand(1, 16, 8, 8)
@@ -271,11 +262,14 @@ class DerivativeLabelPropagation(nn.Module):
             DerProp, Eq. 5.
         """
         ramp = _checks.real("ramp", ramp, 0.0, 1.0)
-        propagated = self(logits, feats, target_feats, mask=mask)
-        if target_feats is not None and propagated.shape != logits.shape:
+        _check_tensors(logits, feats, target_feats, mask, self.options["max_order"], self.options["scheme"])
+        # Rounded once, after the softmax: in float16 the propagated logits may overflow.
+        whole, *features = (None if x is None else at_least_float32(x) for x in (logits, feats, target_feats))
+        propagated = self(whole, *features, mask=mask)
+        if propagated.shape != logits.shape:
             raise ValueError(
                 "target_feats must have the grid of feats for rectify, which blends both predictions pixel by pixel, "
-                f"got {tuple(target_feats.shape)} and {tuple(feats.shape)}"
+                f"got propagated logits {tuple(propagated.shape)} for logits {tuple(logits.shape)}"
             )
         with full_precision(logits):
             dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -285,6 +279,50 @@ class DerivativeLabelPropagation(nn.Module):
     def extra_repr(self) -> str:
         """The options, for print."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The propagation itself, on one grid.
+
+
+def _propagate(
+    source: Tensor,
+    V: Tensor,
+    targets: Tensor,
+    normalize: Normalize,
+    *,
+    weights: tuple[float, ...],
+    scheme: Scheme,
+    similarity: Similarity,
+    affinity: Affinity,
+    chunk_size: int | None,
+    backend: Backend,
+) -> Tensor:
+    """Carry ``source`` (N, C, H, W) along features of its own grid to the grid of ``targets``; flat inputs likewise."""
+    L, flat_V = flatten(source), flatten(V)
+    flat_targets = flat_V if targets is V else flatten(targets)
+    if affinity == "softmax":
+        out = _softmax(L, flat_V, flat_targets, weights, scheme, normalize, similarity, chunk_size, backend)
+    elif backend == "dense":
+        out = _dense_linear(L, flat_V, flat_targets, weights, scheme, normalize, similarity)
+    elif similarity == "cosine":
+        out = _linear_cosine(L, flat_V, flat_targets, weights, scheme, normalize)
+    else:
+        out = _linear_dot(L, flat_V, flat_targets, weights, scheme, normalize)
+    return out.unflatten(2, targets.shape[2:]) if targets.ndim == 4 else out
+
+
+def _rescale(out: Tensor, source: Tensor, own: Tensor | None, scale: Scale) -> Tensor:
+    """Divide by the count in the last channel of ``source``, or by its propagated self, the degree."""
+    if scale == "mean":
+        total = source[:, -1].flatten(1).sum(dim=1).view(-1, *(1,) * (out.ndim - 1))
+        return out[:, :-1] / torch.where(total == 0, 1, total)
+    if scale == "degree":
+        degree = out[:, -1:]
+        is_isolated = degree <= 0  # false for NaN, which therefore stays NaN
+        fallback = 0 if own is None else own
+        return torch.where(is_isolated, fallback, out[:, :-1] / torch.where(is_isolated, 1, degree))
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,9 +352,8 @@ def _linear_cosine(
 ) -> Tensor:
     """`sum_q w_q (L Z_q^T) Z'_q` with the unit differences `Z_q`, Eq. 15-16."""
     rows, columns = _unit_differences(V, targets, weights, scheme, normalize)
-    return sum(
-        (w * (L @ Z.mT) @ Z_target for w, Z, Z_target in zip(weights, rows, columns, strict=True)), L.new_zeros(())
-    )
+    terms = [w * ((L @ Z.mT) @ Z_target) for w, Z, Z_target in zip(weights, rows, columns, strict=True)]
+    return torch.stack(terms).sum(dim=0)
 
 
 def _softmax(

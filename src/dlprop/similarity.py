@@ -88,7 +88,8 @@ def derivative_similarity(
         rows = differences(source)
     else:
         rows = columns if target_feats is None else differences(feats)
-    return (rows.transpose(1, 2) @ columns).to(feats.dtype)
+    dtype = torch.promote_types(rows.dtype, columns.dtype)  # they differ under autocast only
+    return (rows.mT.to(dtype) @ columns.to(dtype)).to(feats.dtype)
 
 
 def _query_pixels(feats: Tensor, query: Tensor) -> Tensor:
