@@ -158,7 +158,7 @@ def _pairs(size: int, n: int = 1) -> float:
 
 
 CASES = {
-    "propagation_129": Case("Eq. 4, 129 x 129", propagation_dense, repeats=3),
+    "propagation_129": Case("Eq. 4, 129 x 129", propagation_dense, repeats=2),
     "propagation_1024_none": Case("Eq. 4, 1024 x 2048, `normalize=None`", propagation_city(None), repeats=5),
     "propagation_1024_l1": Case("Eq. 4, 1024 x 2048, L1-normalised", propagation_city("l1"), repeats=5),
     "propagation_full": Case("Eq. 4 at 321 x 321 on 41 x 41 features", propagation_full_resolution, repeats=11),
@@ -168,6 +168,6 @@ CASES = {
     ),
     "loss_81": Case("loss against a view, 81 x 81, forward and backward", loss_consistency(81), 5, _pairs(81)),
     "loss_81_labels": Case("loss against labels, 81 x 81, forward and backward", loss_labelled, 5),
-    "loss_129_sampled": Case("loss with 1024 anchors, 129 x 129, forward and backward", loss_sampled, 3),
+    "loss_129_sampled": Case("loss with 1024 anchors, 129 x 129, forward and backward", loss_sampled, 2),
     "loss_321_frobenius": Case("squared loss, 321 x 321, forward and backward", loss_frobenius, 3),
 }
