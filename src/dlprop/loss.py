@@ -113,7 +113,7 @@ def derivative_loss(
         backend,
     )
     _check_tensors(feats, target, mask, max_order, scheme, ignore_index)
-    check_backend(backend, feats)
+    check_backend(backend, feats, "norm='frobenius'" if norm == "frobenius" else None)
 
     with full_precision(feats):
         V = normalize_features(flatten(feats), normalize)

@@ -126,7 +126,7 @@ def derivative_label_propagation(
         backend,
     )
     _check_tensors(logits, feats, target_feats, mask, max_order, scheme)
-    check_backend(backend, logits)
+    check_backend(backend, logits, "affinity='linear'" if affinity == "linear" else None)
     order_weights = tuple(float(w) for w in weights) if weights is not None else (1.0,) * (max_order + 1)
 
     tensors = (logits, feats) if target_feats is None else (logits, feats, target_feats)

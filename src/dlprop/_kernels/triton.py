@@ -33,8 +33,8 @@ class Blocks(NamedTuple):
     stages: int  # chunks on the way from memory while another is multiplied
 
 
-# Programs to start for every multiprocessor, two being resident at a time. Without a GPU, in the interpreter, a few, so
-# that walks are split there as well.
+# Programs to start for every multiprocessor at least, so that none is idle; one is resident at a time. In the
+# interpreter a few in all, so that walks are split there as well.
 PROGRAMS_PER_PROCESSOR = 2
 INTERPRETED_PROGRAMS = 6
 
@@ -63,7 +63,7 @@ def _add_products(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """`tile_ij + x_i . y_j` for the blocks of pixels that begin at ``rows`` and ``columns``, both (pixels, channels)."""
+    """`tile_ij + x_i . y_j` for the blocks that begin at ``rows`` and ``columns``, both (pixels, channels)."""
     chunk = tl.arange(0, CHUNK)
     row_pointers = rows + tl.arange(0, OWNED)[:, None] * channels + chunk[None, :]
     column_pointers = columns + tl.arange(0, VISITED)[None, :] * channels + chunk[:, None]
@@ -89,22 +89,20 @@ def _add_weighted(
     UPCAST: tl.constexpr,
 ):
     """`total_id + sum_j weights_ij values_dj` for the block of pixels that begins at ``values``."""
-    d = first_channel + tl.arange(0, DEPTH)
-    pointers = values + tl.arange(0, VISITED)[:, None] * pixel_stride + d[None, :] * channel_stride
-    block = tl.load(pointers, mask=(d < channels)[None, :], other=0.0)
-    if PRECISION == "tf32":
-        # The tensor cores would cut the last 13 bits off; half of their unit makes that a rounding. Signs are exact.
-        weights = (weights.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    d = tl.arange(0, DEPTH)
+    pointers = values + tl.cast(first_channel, tl.int64) * channel_stride
+    pointers += tl.arange(0, VISITED)[:, None] * pixel_stride + d[None, :] * channel_stride
+    block = tl.load(pointers, mask=(first_channel + d < channels)[None, :], other=0.0)
     return _dot(weights.to(block.dtype), block, total, PRECISION, UPCAST)
 
 
 @triton.jit
 def _store_total(out, total, owner, owners, first_channel, channels, OWNED: tl.constexpr, DEPTH: tl.constexpr):
     """Write ``total`` (owner, channel) into ``out`` (channels, owners)."""
-    d = first_channel + tl.arange(0, DEPTH)
-    i = tl.arange(0, OWNED)
-    pointers = out + d[None, :] * tl.cast(owners, tl.int64) + (owner + i)[:, None]
-    tl.store(pointers, total, mask=(owner + i < owners)[:, None] & (d < channels)[None, :])
+    d = tl.arange(0, DEPTH)
+    i = owner + tl.arange(0, OWNED)
+    pointers = out + tl.cast(first_channel, tl.int64) * owners + d[None, :] * owners + i[:, None]
+    tl.store(pointers, total, mask=(i < owners)[:, None] & (first_channel + d < channels)[None, :])
 
 
 @triton.jit
@@ -117,6 +115,7 @@ def _pairwise_kernel(
     gradient,  # (splits, N, depth, owners)
     sums,  # (splits, N, blocks of owners)
     owners,
+    visits,
     row_pad,
     column_pad,
     channels,
@@ -156,7 +155,7 @@ def _pairwise_kernel(
     sums_of_rows = tl.zeros((OWNED,), ACCUMULATOR)
     total = tl.zeros((OWNED, DEPTH), ACCUMULATOR)
     start = split * walk
-    for visited in range(start, min(start + walk, column_pad), VISITED):
+    for visited in range(start, min(start + walk, visits), VISITED):
         column = n * column_pad + visited
         if LABELS:
             labels = tl.load(column_targets + column + tl.arange(0, VISITED))[None, :]
@@ -234,7 +233,7 @@ def _log_sum_exp_kernel(
     largest = tl.full((OWNED,), float("-inf"), ACCUMULATOR)
     total = tl.zeros((OWNED,), ACCUMULATOR)
     start = split * walk
-    for visited in range(start, min(start + walk, column_pad), VISITED):
+    for visited in range(start, min(start + walk, visits), VISITED):
         S = _add_products(
             tl.zeros((OWNED, VISITED), ACCUMULATOR),
             rows + (n * row_pad + owner) * channels,
@@ -305,7 +304,7 @@ def _softmax_kernel(
             row_shift = tl.load(shift + row + tl.arange(0, OWNED))[:, None]
     total = tl.zeros((OWNED, DEPTH), ACCUMULATOR)
     start = split * walk
-    for visited in range(start, min(start + walk, column_pad), VISITED):
+    for visited in range(start, min(start + walk, visits), VISITED):
         column = n * column_pad + visited
         S = _add_products(
             tl.zeros((OWNED, VISITED), ACCUMULATOR),
@@ -318,10 +317,7 @@ def _softmax_kernel(
             PRECISION,
             UPCAST,
         )
-        if SOURCES_OWN:
-            W = tl.exp(S - row_lse)
-        else:
-            W = tl.exp(S - tl.load(lse + column + tl.arange(0, VISITED))[None, :])
+        W = tl.exp(S - (row_lse if SOURCES_OWN else tl.load(lse + column + tl.arange(0, VISITED))[None, :]))
         # A padded target has similarity 0, which may be far above the log-sum-exp.
         W = tl.where((visited + tl.arange(0, VISITED) < visits)[None, :], W, 0.0)
         if GRADIENT:
@@ -336,10 +332,9 @@ def _softmax_kernel(
                 PRECISION,
                 UPCAST,
             )
-            if SOURCES_OWN:
-                W *= carried - row_shift
-            else:
-                W *= carried - tl.load(shift + column + tl.arange(0, VISITED))[None, :]
+            W *= carried - (row_shift if SOURCES_OWN else tl.load(shift + column + tl.arange(0, VISITED))[None, :])
+        if PRECISION == "tf32":  # rounded, as in `_as_rows`; signs, the other kind of weights, are exact as they are
+            W = ((W.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         total = _add_weighted(
             total,
             W,
@@ -367,12 +362,12 @@ INTERPRETED = not isinstance(_pairwise_kernel, triton.runtime.JITFunction)
 def pairwise_l1(a: Tensor, g: Tensor, tile: int | None, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """`sum_ij |R_ij|` of every image with `R = a^T a - G`, and its gradient, in one pass over all tiles.
 
-    6 M^2 D operations are not needed as in two passes: 4 M^2 D for values and gradient up to the depth of a block,
-    2 M^2 D more for every further block. Both halves of the symmetric R are visited: writing to one's own pixels only
-    takes no atomics, which the other half would.
+    4 M^2 D operations for value and gradient, and 2 M^2 D more for every further block of channels that the gradient
+    is divided into; memory O(M D). Both halves of the symmetric R are visited, because a program that adds to the
+    gradient of the other half's pixels as well would need atomics.
     """
     loss, grad = _pairwise(a, a, g, g, tile, need_grad)
-    return loss, None if grad is None else 2 * grad
+    return loss, None if grad is None else grad.mul_(2)
 
 
 def pairwise_l1_cross(
@@ -391,25 +386,23 @@ def _pairwise(
 ) -> tuple[Tensor, Tensor | None]:
     """The sums of `|a_i . c_k - G_ik|` and their gradient in `a` alone."""
     N, D, M = a.shape
-    K = c.shape[2]
     if N == 0:
         return a.new_zeros(N), torch.zeros_like(a) if need_grad else None
     labels = not g.is_floating_point()
     blocks = _blocks(a.dtype, D if need_grad else 16, tile)
-    rows = _as_rows(a, blocks.owned, blocks.chunk)
-    columns = _as_rows(c, blocks.visited, blocks.chunk)
+    rows = _as_rows(a, blocks)
+    columns = rows if c is a else _as_rows(c, blocks)
     if labels:
-        row_targets, column_targets = (
-            _pad(x.long(), rounded, -1) for x, rounded in ((g, rows.shape[1]), (h, columns.shape[1]))
-        )
+        row_targets = _pad(g, rows.shape[1], -1)
+        column_targets = row_targets if h is g else _pad(h, columns.shape[1], -1)
     else:
-        row_targets = _as_rows(g.to(a.dtype), blocks.owned, blocks.chunk)
-        column_targets = _as_rows(h.to(a.dtype), blocks.visited, blocks.chunk)
+        row_targets = _as_rows(g.to(a.dtype), blocks)
+        column_targets = row_targets if h is g else _as_rows(h.to(a.dtype), blocks)
     values = _as_values(c, columns)
     accumulator = _accumulator(a.dtype)
     owner_blocks = triton.cdiv(M, blocks.owned)
     depth_blocks = triton.cdiv(D, blocks.depth) if need_grad else 1
-    walk, splits = _walk(columns.shape[1], blocks.visited, owner_blocks * depth_blocks * N, a.device)
+    walk, splits = _walk(c.shape[2], blocks.visited, owner_blocks * depth_blocks * N, a.device)
     sums = a.new_empty((splits, N, owner_blocks), dtype=accumulator)
     gradient = a.new_empty((splits, N, D, M) if need_grad else 1, dtype=accumulator)
     _launch(
@@ -425,6 +418,7 @@ def _pairwise(
         gradient,
         sums,
         M,
+        c.shape[2],
         rows.shape[1],
         columns.shape[1],
         rows.shape[2],
@@ -477,10 +471,10 @@ def _log_sum_exp(queries: Tensor, keys: Tensor, chunk: int | None) -> Tensor:
     """(N, M), in at least float32."""
     N, _, M = queries.shape
     blocks = _blocks(queries.dtype, 16, chunk)
-    rows = _as_rows(queries, blocks.owned, blocks.chunk)
-    columns = _as_rows(keys, blocks.visited, blocks.chunk)
+    rows = _as_rows(queries, blocks)
+    columns = _as_rows(keys, blocks)
     owner_blocks = triton.cdiv(M, blocks.owned)
-    walk, splits = _walk(columns.shape[1], blocks.visited, owner_blocks * N, queries.device)
+    walk, splits = _walk(keys.shape[2], blocks.visited, owner_blocks * N, queries.device)
     out = queries.new_empty((splits, N, M), dtype=_accumulator(queries.dtype))
     _launch(
         _log_sum_exp_kernel,
@@ -514,22 +508,22 @@ def _softmax(
     N, _, M = x.shape
     D = v.shape[1]
     blocks = _blocks(x.dtype, D, chunk)
-    rows = _as_rows(x, blocks.owned, blocks.chunk)
-    columns = _as_rows(y, blocks.visited, blocks.chunk)
+    rows = _as_rows(x, blocks)
+    columns = _as_rows(y, blocks)
     sources = rows if sources_own else columns
     lse = _pad(lse, sources.shape[1], float("inf"))
     if pairs is None:
         row_carried, column_carried, shift, carried_channels = rows, columns, lse, 0
     else:
-        row_carried = _as_rows(pairs[0].to(x.dtype), blocks.owned, blocks.chunk)
-        column_carried = _as_rows(pairs[1].to(x.dtype), blocks.visited, blocks.chunk)
+        row_carried = _as_rows(pairs[0].to(x.dtype), blocks)
+        column_carried = _as_rows(pairs[1].to(x.dtype), blocks)
         shift = _pad(pairs[2], sources.shape[1], 0)
         carried_channels = row_carried.shape[2]
     v = v.to(x.dtype)
-    values = _as_values(v, columns if v is y else _as_rows(v, blocks.visited, blocks.chunk))
+    values = _as_values(v, columns if v is y else _as_rows(v, blocks))
     owner_blocks = triton.cdiv(M, blocks.owned)
     depth_blocks = triton.cdiv(D, blocks.depth)
-    walk, splits = _walk(columns.shape[1], blocks.visited, owner_blocks * depth_blocks * N, x.device)
+    walk, splits = _walk(y.shape[2], blocks.visited, owner_blocks * depth_blocks * N, x.device)
     out = x.new_empty((splits, N, D, M), dtype=_accumulator(x.dtype))
     _launch(
         _softmax_kernel,
@@ -568,17 +562,22 @@ def _softmax(
 def _blocks(dtype: torch.dtype, depth: int, tile: int | None) -> Blocks:
     """The block sizes for sums over ``depth`` channels; ``tile`` makes them smaller, never larger.
 
-    Registers: the sum takes owned * depth and the tile owned * visited of the 64 Ki words that a multiprocessor has,
-    double in float64. Shared memory: `stages` chunks of both blocks of pixels, and one block of values,
-    visited * depth.
+    Registers bound them: the sum takes owned * depth of the 64 Ki words of a multiprocessor and the tile
+    owned * visited, twice as much in float64, and a block of values, visited * depth, passes through registers too.
+    With these sizes at most 80 KiB of shared memory hold `stages` chunks of both blocks of pixels and one block of
+    values. Compiled for compute capability 9.0 at most 16 bytes a thread spill from registers; for 8.0 up to 284, in
+    TF32 sums of 256 channels. Twice the owned pixels at that depth would spill hundreds of bytes on both.
     """
     depth = max(16, triton.next_power_of_2(depth))
     if dtype == torch.float64:
         blocks = Blocks(owned=32, visited=32, chunk=16, depth=min(depth, 64), warps=4, stages=2)
-    elif dtype == torch.float32:
-        blocks = Blocks(owned=64, visited=64, chunk=32, depth=min(depth, 128), warps=4, stages=3)
+    elif dtype == torch.float32 and _precision(dtype) == "ieee":
+        # No tensor cores: operands are held by each thread, in more registers than the fragments of a matrix product.
+        blocks = Blocks(owned=128, visited=32, chunk=16, depth=min(depth, 128), warps=8, stages=2)
     else:
-        blocks = Blocks(owned=64, visited=64, chunk=64, depth=min(depth, 128), warps=4, stages=3)
+        chunk = 128 // dtype.itemsize  # 128 bytes, one line of the cache and of swizzled shared memory
+        owned = 128 if depth <= 128 else 64
+        blocks = Blocks(owned, visited=64, chunk=chunk, depth=min(depth, 256), warps=8, stages=3)
     if tile is None:
         return blocks
     tile = max(16, triton.next_power_of_2(tile))
@@ -599,10 +598,11 @@ def _walk(pixels: int, visited: int, programs: int, device: torch.device) -> tup
     return steps_of_one * visited, triton.cdiv(steps, steps_of_one)
 
 
-def _as_rows(x: Tensor, pixels: int, channels: int) -> Tensor:
-    """``x`` (N, D, M) as contiguous (N, M, D), padded to multiples of ``pixels`` and ``channels``."""
+def _as_rows(x: Tensor, blocks: Blocks) -> Tensor:
+    """``x`` (N, D, M) as contiguous (N, M, D), padded to whole blocks, of owned as well as of visited pixels."""
     N, D, M = x.shape
-    rows = x.new_zeros(N, triton.cdiv(M, pixels) * pixels, triton.cdiv(D, channels) * channels)
+    pixels = max(blocks.owned, blocks.visited)
+    rows = x.new_zeros(N, triton.cdiv(M, pixels) * pixels, triton.cdiv(D, blocks.chunk) * blocks.chunk)
     rows[:, :M, :D] = x.mT
     if _precision(x.dtype) == "tf32":
         # Rounded here, because the tensor cores would cut: features are often all positive, so that would be a bias.
@@ -646,7 +646,9 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
-def _launch(kernel: Any, grid: tuple[int, int, int], blocks: Blocks, dtype: torch.dtype, *args: Any, **constants: Any):
+def _launch(
+    kernel: Any, grid: tuple[int, int, int], blocks: Blocks, dtype: torch.dtype, *args: Any, **constants: Any
+) -> None:
     with torch.cuda.device_of(args[0]):
         kernel[grid](
             *args,
@@ -658,5 +660,6 @@ def _launch(kernel: Any, grid: tuple[int, int, int], blocks: Blocks, dtype: torc
             UPCAST=INTERPRETED and dtype == torch.bfloat16,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
+            enable_fp_fusion=True,  # where there are no tensor cores, a product is a chain of fused multiply-adds
             **constants,
         )
