@@ -71,7 +71,8 @@ def derivative_loss(
         num_anchors: compare all pixels with `K` target pixels only, drawn anew at each call without replacement from
             torch's default generator: unbiased, O(M K D). Not with "frobenius".
         chunk_size: tile edge in pixels; None chooses by device.
-        backend: "auto", "dense" (the M x M matrices, for reference), "tiled" or "triton".
+        backend: "auto", "dense" (the M x M matrices, for reference), "tiled" or "triton" (CUDA tensors and
+            `norm` "l1" only).
 
     Returns:
         A scalar, or `(N,)` with reduction "none", in the dtype of `feats` but at least float32. With no valid pair the

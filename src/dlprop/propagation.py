@@ -86,7 +86,8 @@ def derivative_label_propagation(
             form costs no more, because the adjoint of the upsampling is applied to the logits instead.
         align_corners: of every bilinear resize.
         chunk_size: source rows of the softmax affinity that exist at once; None chooses by memory. Ignored by linear.
-        backend: "auto", "dense" (the M x M matrices, for reference), "tiled" or "triton".
+        backend: "auto", "dense" (the M x M matrices, for reference), "tiled" or "triton" (CUDA tensors and
+            softmax affinity only).
 
     Returns:
         `L'` in the dtype of `logits`, `(N, C, H, W)` on the logits' grid, or `(N, C, h', w')` if `target_feats` has

@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
 # Programs to start for every multiprocessor at least, so that none is idle; one is resident at a time. In the
 # interpreter a few in all, so that walks are split there as well.
 PROGRAMS_PER_PROCESSOR = 2
-INTERPRETED_PROGRAMS = 6
+INTERPRETED_PROGRAMS = 12
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,6 +302,7 @@ def _softmax_kernel(
         row_lse = tl.load(lse + row + tl.arange(0, OWNED))[:, None]
         if GRADIENT:
             row_shift = tl.load(shift + row + tl.arange(0, OWNED))[:, None]
+    owned_is_pixel = (owner + tl.arange(0, OWNED) < owners)[:, None]
     total = tl.zeros((OWNED, DEPTH), ACCUMULATOR)
     start = split * walk
     for visited in range(start, min(start + walk, visits), VISITED):
@@ -317,9 +318,10 @@ def _softmax_kernel(
             PRECISION,
             UPCAST,
         )
-        W = tl.exp(S - (row_lse if SOURCES_OWN else tl.load(lse + column + tl.arange(0, VISITED))[None, :]))
         # A padded target has similarity 0, which may be far above the log-sum-exp.
-        W = tl.where((visited + tl.arange(0, VISITED) < visits)[None, :], W, 0.0)
+        is_pixel = owned_is_pixel & (visited + tl.arange(0, VISITED) < visits)[None, :]
+        S = tl.where(is_pixel, S, float("-inf"))
+        W = tl.exp(S - (row_lse if SOURCES_OWN else tl.load(lse + column + tl.arange(0, VISITED))[None, :]))
         if GRADIENT:
             carried = _add_products(
                 tl.zeros((OWNED, VISITED), ACCUMULATOR),
