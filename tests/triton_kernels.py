@@ -224,6 +224,17 @@ def test_tf32_rounds_the_features_and_nothing_else(kernels, device, form):
     assert_close(gradient, expected[1], "gradient")
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1])
+@pytest.mark.usefixtures("_tf32")
+def test_tf32_does_not_hide_nan(kernels, device, bits):
+    a, g = _pairs("labels", F32, N=1)
+    a[0, 1, 2] = torch.tensor(bits, dtype=torch.int32).view(F32)
+    assert kernels.pairwise_l1(a.to(device), g.to(device), 16, False)[0].isnan().all()
+    inputs = _affinity(F32, N=1)
+    inputs[0][0, 1, 2] = inputs[2][0, 1, 2] = a[0, 1, 2]
+    assert kernels.softmax_affinity(*(x.to(device) for x in inputs), 16)[0].isnan().all()
+
+
 @pytest.mark.usefixtures("_tf32")
 def test_tf32_of_the_softmax(kernels, device):
     inputs = _affinity(F32, M=37, K=20)
@@ -381,7 +392,10 @@ MUTANTS = {
 }
 
 
-def _check_case(kernels, device, case):
+def _check_case(kernels, device, case, monkeypatch):
+    # Walks of two steps, however many programs the device would have.
+    steps_of_two = lambda pixels, visited, *_: (2 * visited, -(-pixels // (2 * visited)))  # noqa: E731
+    monkeypatch.setattr(kernels, "_walk", steps_of_two)
     if case == "deep":
         _check_pairs(kernels, device, "labels", F64, 16, N=1, D=70, M=19)
     elif case == "low":
@@ -393,13 +407,13 @@ def _check_case(kernels, device, case):
 
 
 @pytest.mark.parametrize("case", ["labels", "features", "deep", "low", "softmax"])
-def test_the_right_kernel_passes_where_mutants_fail(kernels, device, case):
-    _check_case(kernels, device, case)
+def test_the_right_kernel_passes_where_mutants_fail(kernels, device, case, monkeypatch):
+    _check_case(kernels, device, case, monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("mistake", MUTANTS)
-def test_a_wrong_kernel_fails(kernels, device, mistake, tmp_path):
+def test_a_wrong_kernel_fails(kernels, device, mistake, tmp_path, monkeypatch):
     right, wrong, case = MUTANTS[mistake]
     source = Path(kernels.__file__).read_text()
     assert right in source
@@ -409,4 +423,4 @@ def test_a_wrong_kernel_fails(kernels, device, mistake, tmp_path):
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     with pytest.raises(AssertionError, match=r"error|non-finite"):
-        _check_case(mutant, device, case)
+        _check_case(mutant, device, case, monkeypatch)

@@ -336,7 +336,7 @@ def _softmax_kernel(
             )
             W *= carried - (row_shift if SOURCES_OWN else tl.load(shift + column + tl.arange(0, VISITED))[None, :])
         if PRECISION == "tf32":  # rounded, as in `_as_rows`; signs, the other kind of weights, are exact as they are
-            W = ((W.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+            W = tl.where(W == W, ((W.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True), W)
         total = _add_weighted(
             total,
             W,
@@ -608,8 +608,8 @@ def _as_rows(x: Tensor, blocks: Blocks) -> Tensor:
     rows[:, :M, :D] = x.mT
     if _precision(x.dtype) == "tf32":
         # Rounded here, because the tensor cores would cut: features are often all positive, so that would be a bias.
-        bits = rows.view(torch.int32)
-        bits.add_(0x1000).bitwise_and_(-0x2000)
+        bits = rows.view(torch.int32).add(0x1000).bitwise_and_(-0x2000)
+        rows = torch.where(rows.isnan(), rows, bits.view(torch.float32))  # the sum may carry a NaN over to 0
     return rows
 
 
