@@ -7,6 +7,7 @@ autocast, and none can be differentiated twice.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -23,16 +24,48 @@ __all__: list[str] = []
 Backend = Literal["auto", "dense", "tiled", "triton"]
 BACKENDS = get_args(Backend)
 
+# "auto" stays with the tiled kernels on CUDA too until the Triton kernels have been measured there.
 _KERNELS: dict[str, ModuleType] = {"dense": dense, "tiled": tiled, "auto": tiled}
 
 
-def check_backend(backend: str, x: Tensor) -> None:
-    """Raise ValueError if an explicit backend cannot run on the device of ``x``; "auto" always can."""
-    if backend == "triton":
-        raise ValueError(
-            f"backend='triton' cannot run here: this version has no Triton kernels (tensors are on {x.device}); "
-            "use backend='auto'"
-        )
+def check_backend(backend: str, x: Tensor, without_kernel: str | None = None) -> None:
+    """Raise ValueError if an explicit backend cannot run on the device of ``x``; "auto" always can.
+
+    ``without_kernel`` names the option, if any, that makes this call plain matrix products.
+    """
+    if backend != "triton":
+        return
+    reason = ""
+    if without_kernel is not None:
+        reason = f"{without_kernel} has no Triton kernel, because it is a few plain matrix products"
+    elif not torch.compiler.is_compiling():  # a compiled graph asks when it runs, in the op
+        reason = _missing_for_triton(x.device)
+    if reason:
+        raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto'")
+
+
+def _missing_for_triton(device: torch.device) -> str:
+    """What the Triton kernels lack to run on ``device``, or an empty string."""
+    if find_spec("triton") is None:
+        return f"Triton is not installed (it comes with builds of torch for CUDA; tensors are on {device})"
+    if device.type == "cuda":
+        return ""
+    if device.type != "cpu":
+        return f"it needs CUDA tensors, and these are on {device}"
+    from ._kernels import triton
+
+    if triton.INTERPRETED:
+        return ""
+    return "it needs CUDA tensors, and these are on cpu (Triton's interpreter is off: TRITON_INTERPRET=1 was not set)"
+
+
+def _kernels(backend: str, x: Tensor) -> ModuleType:
+    if backend != "triton":
+        return _KERNELS[backend]
+    check_backend(backend, x)
+    from ._kernels import triton
+
+    return triton
 
 
 def _refuse_second_derivative(*_: Any) -> None:
@@ -75,7 +108,7 @@ define(
 @impl("dlprop::pairwise_l1", "default")
 def _pairwise_l1(a: Tensor, g: Tensor, tile: int | None, backend: str, need_grad: bool) -> tuple[Tensor, Tensor]:
     with full_precision(a):
-        loss, grad = _KERNELS[backend].pairwise_l1(a, g, tile, need_grad)
+        loss, grad = _kernels(backend, a).pairwise_l1(a, g, tile, need_grad)
     return loss, a.new_empty(0) if grad is None else grad.contiguous()
 
 
@@ -119,7 +152,7 @@ def _pairwise_l1_cross(
     a: Tensor, c: Tensor, g: Tensor, h: Tensor, tile: int | None, backend: str, need_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     with full_precision(a):
-        loss, grad_a, grad_c = _KERNELS[backend].pairwise_l1_cross(a, c, g, h, tile, need_grad)
+        loss, grad_a, grad_c = _kernels(backend, a).pairwise_l1_cross(a, c, g, h, tile, need_grad)
     if grad_a is None:
         return loss, a.new_empty(0), c.new_empty(0)
     return loss, grad_a.contiguous(), grad_c.contiguous()
@@ -176,7 +209,7 @@ def _softmax_affinity(
     logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     with full_precision(logits):
-        out, lse = _KERNELS[backend].softmax_affinity(logits, queries, keys, chunk)
+        out, lse = _kernels(backend, logits).softmax_affinity(logits, queries, keys, chunk)
     return out, lse
 
 
@@ -192,7 +225,7 @@ def _softmax_affinity_backward(
     grad: Tensor, logits: Tensor, queries: Tensor, keys: Tensor, lse: Tensor, chunk: int | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     with full_precision(logits):
-        grads = _KERNELS[backend].softmax_affinity_backward(grad, logits, queries, keys, lse, chunk)
+        grads = _kernels(backend, logits).softmax_affinity_backward(grad, logits, queries, keys, lse, chunk)
     grad_logits, grad_queries, grad_keys = (g.contiguous() for g in grads)
     return grad_logits, grad_queries, grad_keys
 

@@ -71,8 +71,8 @@ def derivative_loss(
         num_anchors: compare all pixels with `K` target pixels only, drawn anew at each call without replacement from
             torch's default generator: unbiased, O(M K D). Not with "frobenius".
         chunk_size: tile edge in pixels; None chooses by device.
-        backend: "auto", "dense" (the M x M matrices, for reference), "tiled", or "triton" (not in this version).
-            "frobenius" knows only "dense" and its linear-time form.
+        backend: "auto", "dense" (the M x M matrices, for reference), "tiled", or "triton" (CUDA tensors and `norm` "l1"
+            only; not chosen by "auto" yet). "frobenius" knows only "dense" and its linear-time form.
 
     Returns:
         A scalar, or `(N,)` with reduction "none", in the dtype of `feats` but at least float32. With no valid pair the
@@ -116,7 +116,7 @@ def derivative_loss(
         backend,
     )
     _check_tensors(feats, target, mask, max_order, scheme, ignore_index)
-    check_backend(backend, feats)
+    check_backend(backend, feats, "norm='frobenius'" if norm == "frobenius" else None)
 
     eta = options["eta"]
     with full_precision(feats):

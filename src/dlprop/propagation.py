@@ -88,8 +88,8 @@ def derivative_label_propagation(
             form costs little more, because the adjoint of the upsampling is applied to the logits instead.
         align_corners: of every bilinear resize.
         chunk_size: source rows of the softmax affinity that exist at once; None chooses by memory. Ignored by linear.
-        backend: "auto", "dense" (the M x M matrices, for reference), "tiled", or "triton" (not in this version). The
-            linear affinity knows only "dense" and its low-rank form.
+        backend: "auto", "dense" (the M x M matrices, for reference), "tiled", or "triton" (CUDA tensors and the softmax
+            affinity only; not chosen by "auto" yet). The linear affinity knows only "dense" and its low-rank form.
 
     Returns:
         `L'` in the dtype of `logits`, `(N, C, H, W)` on the logits' grid, or `(N, C, h', w')` if `target_feats` has
@@ -130,7 +130,7 @@ def derivative_label_propagation(
         backend,
     )
     _check_tensors(logits, feats, target_feats, mask, max_order, scheme)
-    check_backend(backend, logits)
+    check_backend(backend, logits, "affinity='linear'" if affinity == "linear" else None)
     propagate = partial(
         _propagate,
         weights=options["weights"] or (1.0,) * (max_order + 1),
