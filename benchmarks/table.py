@@ -25,7 +25,7 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"float32, D = 256, C = 21, {facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, medians "
         f"of interleaved runs; matrix products run at {results['matrix_rate'] / 1e9:.0f} GFLOP/s in the same process. "
-        "The time ratio is the other's time over ours.",
+        "The ratio is the median over rounds of the other's time over ours in the same round.",
     ]
     return "\n".join(rows)
 

@@ -58,9 +58,10 @@ def test_the_wheel_away_from_the_source_tree_runs_the_readme(tmp_path):
     subprocess.run(install, check=True, capture_output=True)
     assert (site / "dlprop" / "py.typed").exists()
 
-    (snippet,) = readme_snippets()
+    first, second = readme_snippets()
+    step = "training_loss(torch.rand(2, 3, 65, 65), torch.randint(0, 21, (2, 65, 65))).backward()"
     script = tmp_path / "snippet.py"
-    script.write_text(snippet + "\nimport dlprop\nprint(dlprop.__file__)\n")
+    script.write_text("\n".join((first, second, step, "import dlprop", "print(dlprop.__file__)", "")))
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

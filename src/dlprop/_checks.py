@@ -112,8 +112,8 @@ def same_batch(name: str, x: Tensor, other: str, y: Tensor) -> None:
     """Raise unless both tensors have one batch size N: batches never broadcast."""
     if x.shape[0] != y.shape[0]:
         raise ValueError(
-            f"{name} and {other} must have the same batch size N, got {x.shape[0]} and {y.shape[0]}; "
-            "batches do not broadcast, use expand() if that is meant"
+            f"{name} and {other} must have the same batch size N, got {x.shape[0]} and {y.shape[0]}; batches do not "
+            "broadcast, and three axes are read as (N, channels, M): give a single image a batch axis with [None]"
         )
 
 

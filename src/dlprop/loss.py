@@ -152,8 +152,8 @@ def derivative_loss(
 class DerivativeLoss(nn.Module):
     """The pairwise derivative loss as a Module: options at construction, tensors at the call.
 
-    It has no parameters, no buffers and no state_dict keys. See `derivative_loss` for the formula, every option, the
-    errors and the cost.
+    It has no parameters, no buffers and no state_dict keys. See `dlprop.loss.derivative_loss` for the formula, every
+    option, the errors and the cost.
 
     Example:
         >>> loss = DerivativeLoss()
@@ -338,12 +338,12 @@ def _check_tensors(
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of labels or of features, got {type(target).__name__}")
     if target.is_floating_point():
-        _checks.same_kind("feats", feats, "target", target)
         if target.shape != feats.shape:
             raise ValueError(
                 f"a floating target must have the shape of feats, {tuple(feats.shape)}, got {tuple(target.shape)}; "
-                "labels must have an integer dtype"
+                "if these are labels, convert them with target.long()"
             )
+        _checks.same_kind("feats", feats, "target", target)
         grid = (feats.shape[0], *feats.shape[2:])
     else:
         if target.dtype == torch.bool or target.is_complex():
@@ -358,7 +358,10 @@ def _check_labels(feats: Tensor, target: Tensor, ignore_index: int) -> None:
     _checks.same_device("feats", feats, "target", target)
     expected = "(N, H, W)" if feats.ndim == 4 else "(N, M)"
     if target.ndim != feats.ndim - 1:
-        raise ValueError(f"target must be labels {expected} for feats {tuple(feats.shape)}, got {tuple(target.shape)}")
+        raise ValueError(
+            f"target must be labels {expected} for feats {tuple(feats.shape)}, got {tuple(target.shape)}; "
+            "drop a channel axis with target.squeeze(1), turn one-hot labels into indices with target.argmax(1)"
+        )
     _checks.same_batch("feats", feats, "target", target)
     if feats.ndim == 3 and target.shape[1] != feats.shape[2]:
         raise ValueError(

@@ -186,8 +186,8 @@ def derivative_label_propagation(
 class DerivativeLabelPropagation(nn.Module):
     """Derivative label propagation as a Module: options at construction, tensors at the call.
 
-    It has no parameters, no buffers and no state_dict keys. See `derivative_label_propagation` for the formulas, every
-    option, the errors and the cost.
+    It has no parameters, no buffers and no state_dict keys. The formulas, every option, the errors and the cost are
+    those of `dlprop.propagation.derivative_label_propagation`.
 
     Example:
         >>> propagate = DerivativeLabelPropagation(affinity="softmax", similarity="cosine", weights=(30.0, 30.0))
