@@ -64,10 +64,12 @@ def run_case(name: str, matrix_rate: float, with_memory: bool) -> dict[str, Any]
     """Seconds and peak memory of every variant of a case, and how often ours goes into the first of the others."""
     case = CASES[name]
     seconds = measure.interleaved_seconds(case.build(), case.repeats)
-    variants = {variant: {"seconds": measure.summary(samples)} for variant, samples in seconds.items()}
+    variants: dict[str, dict[str, Any]] = {
+        variant: {"seconds": measure.summary(samples)} for variant, samples in seconds.items()
+    }
     if with_memory:
         for variant, facts in variants.items():
-            facts["peak_mib"] = measure.peak_mib_in_fresh_process(name, variant)  # type: ignore[assignment]
+            facts["peak_mib"] = measure.peak_mib_in_fresh_process(name, variant)
     ours, other = list(seconds.values())[:2]
     # The median over rounds of the ratio within a round: a slow spell of the machine cancels.
     ratio = measure.summary([b / a for a, b in zip(ours, other, strict=True)])["median"]

@@ -11,11 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import dlprop
+
+# Linux resets the peak of a process when 5 is written here.
+RESET_PEAK = Path("/proc/self/clear_refs")
 
 
 def interleaved_seconds(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -39,8 +43,7 @@ def summary(samples: list[float]) -> dict[str, float]:
 
 def peak_mib_of(run: Callable[[], Any]) -> float:
     """MiB by which ``run`` raises the peak memory of this process above what is resident before it."""
-    with open("/proc/self/clear_refs", "w") as f:  # noqa: PTH123 - a kernel interface, not a file: resets the peak
-        f.write("5")
+    RESET_PEAK.write_text("5")
     before = _status_kib("VmRSS")
     run()
     return (_status_kib("VmHWM") - before) / 1024
@@ -48,7 +51,7 @@ def peak_mib_of(run: Callable[[], Any]) -> float:
 
 def peak_mib_in_fresh_process(case: str, variant: str) -> float | None:
     """`peak_mib_of` one variant of a case in a new Python process; None where the system does not tell."""
-    if not os.path.exists("/proc/self/clear_refs"):  # noqa: PTH110
+    if not RESET_PEAK.exists():
         return None
     command = [sys.executable, "-m", "benchmarks", "--peak-of", case, variant]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -79,12 +82,12 @@ def machine() -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo") as f:  # noqa: PTH123
-            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 
 def _status_kib(field: str) -> int:
-    with open("/proc/self/status") as f:  # noqa: PTH123
-        return next(int(line.split()[1]) for line in f if line.startswith(f"{field}:"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

@@ -21,16 +21,6 @@ def readme_snippets() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_top_level_holds_five_names():
-    assert sorted(dlprop.__all__) == [
-        "DerivativeLabelPropagation",
-        "DerivativeLoss",
-        "MomentumAverager",
-        "derivative_similarity",
-        "finite_difference",
-    ]
-
-
 def test_there_is_one_version():
     assert dlprop.__version__ == version("dlprop")
     assert f"version: {dlprop.__version__}\n" in (ROOT / "CITATION.cff").read_text()

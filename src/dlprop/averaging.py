@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -131,12 +131,12 @@ class MomentumAverager(AveragedModel):
         return f"momentum={self.momentum!r}, buffers={self.buffer_mode!r}"
 
 
-def unwrap(model: Any) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, DataParallel and `torch.compile` wrappers, however nested."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):  # torch.compile's OptimizedModule has no public name
-            model = model._orig_mod
+            model = cast("nn.Module", model._orig_mod)
         else:
-            return model  # type: ignore[no-any-return]
+            return model
