@@ -28,22 +28,42 @@ from examples.derprop_voc.files import write_bytes, write_json
 from examples.derprop_voc.losses import AdaptiveThreshold, Objective
 from examples.derprop_voc.model import Output, SegmentationNetwork
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
-from examples.derprop_voc.train import DivergedError, load_network, run
+from examples.derprop_voc.state import load_networks
+from examples.derprop_voc.train import DivergedError, run
 
 VARIANTS = ("supervised", "no_propagation", "no_derivative_loss", "no_momentum", "full")
 TINY = {
     "partition": "demo",
-    "backbone": "resnet10",
+    "backbone": "timm/resnet10t",
+    "timm_stages": [1, 3],
     "crop_size": 32,
+    "atrous_rates": [1, 2, 3],
     "decoder_channels": 8,
     "low_channels": 4,
+    "fuse_layers": 1,
     "feature_channels": 8,
     "labeled_batch": 2,
     "unlabeled_batch": 2,
     "steps": 2,
     "panel_images": 1,
-    "device": "cpu",
+    "accelerator": "cpu",
+    "tensorboard": False,
 }
+FILES = {"config.yaml", "curves.png", "latest.pt", "log.jsonl", "panel.png", "results.json"}
+
+
+def flags(options):
+    """Options as command-line flags."""
+    given = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            given.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            given += [f"--{flag}", *map(str, value)]
+        else:
+            given.append(f"--{flag}={value}")
+    return given
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +89,9 @@ def tiny(scenes, out, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lrr": 1}, r"unknown option lrr; known: data, partition"),
-        ({"steps": 0}, r"steps: expected at least 1, got 0"),
+        ({"lrr": 1}, r"unknown option lrr; did you mean lr\?"),
+        ({"xyzzy": 1}, r"unknown option xyzzy; `train --help` lists them all"),
+        ({"epochs": 0}, r"epochs: expected at least 1, got 0"),
         ({"steps": 1.5}, r"steps: expected int, got 1\.5"),
         ({"steps": True}, r"steps: expected int, got True"),
         ({"lr": "fast"}, r"lr: expected a number, got 'fast'"),
@@ -79,11 +100,14 @@ def tiny(scenes, out, **options):
         ({"partition": 18}, r"partition: expected str \(in YAML, quote it\), got 18"),
         ({"variant": "best"}, r"variant: expected one of supervised, .*, full, got 'best'"),
         ({"variant": []}, r"variant: expected one of supervised"),
-        ({"crop_size": 100}, r"crop_size: expected a multiple of 8"),
+        ({"crop_size": 100}, r"crop_size: expected a multiple of output_stride = 8, or one more"),
+        ({"crop_size": 328, "output_stride": 16}, r"crop_size: expected a multiple of output_stride = 16"),
+        ({"output_stride": 4}, r"output_stride: expected one of 8, 16, got 4"),
+        ({"timm_stages": [3, 1]}, r"timm_stages: expected two stages in rising order, got \[3, 1\]"),
         ({"image_size": [180]}, r"image_size: expected a height and a width, got \[180\]"),
         ({"image_size": 180}, r"image_size: expected a list, got 180"),
         ({"rescale": [2, 1]}, r"rescale: expected two positive numbers in rising order"),
-        ({"weights": [1.0]}, r"weights: expected max_order \+ 1 = 2 numbers, got 1"),
+        ({"order_weights": [1.0]}, r"order_weights: expected max_order \+ 1 = 2 numbers, got 1"),
         ({"threshold": 1.1}, r"threshold: expected at most 1, got 1\.1"),
         ({"num_classes": 3, "class_names": ["a", "b"]}, r"class_names: expected num_classes = 3, got 2"),
         ({"affinity": "softmax", "scale": "mean"}, r"scale: 'mean' applies to the linear affinity only"),
@@ -97,13 +121,13 @@ def test_config_errors(options, message):
 def test_config_reads_files_then_flags_and_round_trips(scenes, tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("lr: 1e-3\nsteps: 7\npartition: '1_8'\n")
-    second.write_text("steps: 1\nweights: [1, 2]\n")
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if name not in ("steps", "device")]
+    second.write_text("steps: 1\norder_weights: [1, 2]\n")
     out = tmp_path / "run"
-    arguments = ["train", "--config", str(first), str(second), f"--data={scenes}", f"--out={out}", *flags]
+    given = flags({name: value for name, value in TINY.items() if name != "steps"})
+    arguments = ["train", "--config", str(first), str(second), f"--data={scenes}", f"--out={out}", *given]
     assert main([*arguments, "--variant", "supervised", "--no-nonnegative", "--rescale", "0.8", "1.25"]) == 0
     saved = yaml.safe_load((out / "config.yaml").read_text())
-    assert (saved["lr"], saved["steps"], saved["weights"]) == (1e-3, 1, [1.0, 2.0])
+    assert (saved["lr"], saved["steps"], saved["order_weights"]) == (1e-3, 1, [1.0, 2.0])
     assert (saved["partition"], saved["nonnegative"], saved["rescale"]) == ("demo", False, [0.8, 1.25])
     assert make_config(saved).to_dict() == saved
 
@@ -205,8 +229,8 @@ def test_data_folder_and_class_count_errors(scenes, tmp_path, capsys):
         load_data(make_config({"data": str(tmp_path / "nowhere")}))
     with pytest.raises(DataError, match=r"classes\.txt: expected num_classes = 4 lines, found 6"):
         load_data(make_config({"data": str(scenes), "partition": "demo", "num_classes": 4}))
-    assert main(["train", "--steps", "0"]) == 2
-    assert capsys.readouterr().err == "error: steps: expected at least 1, got 0\n"
+    assert main(["train", "--epochs", "0"]) == 2
+    assert capsys.readouterr().err == "error: epochs: expected at least 1, got 0\n"
     with pytest.raises(SystemExit) as usage:
         main(["train", "--no-such-option"])
     assert usage.value.code == 2
@@ -228,6 +252,8 @@ def test_batches_depend_on_seed_and_step_only():
     indices = [index for batch in batches() for index, _ in batch]
     assert sorted(indices[:5]) == sorted(indices[5:10]) == list(range(5))
     assert len({seed for batch in batches() for _, seed in batch}) == 12
+    parts = [batches(part=slice(0, 1)), batches(part=slice(1, 2))]
+    assert [first + second for first, second in zip(*parts, strict=True)] == batches()
 
 
 # --- augmentation ----------------------------------------------------------------------------------------------------
@@ -289,8 +315,28 @@ def test_cutmix_cuts_every_grid_along_the_same_lines():
     valid = cutmix((source > 2).expand(6, 1, 40, 56), boxes)
     assert torch.equal(images[:, :1], feats[:, :1].repeat_interleave(8, -1).repeat_interleave(8, -2))
     assert torch.equal(valid, images[:, :1] > 2)
-    assert set(torch.unique(feats[2]).tolist()) <= {1.0, 2.0}
+    assert set(torch.unique(feats[2]).tolist()) <= {2.0, 3.0}
     assert not cutmix_boxes(6, (5, 7), probability=0.0, generator=generator).any()
+
+
+def test_cutmix_pairs_are_those_of_the_whole_batch():
+    boxes = torch.ones(4, 1, 2, 2, dtype=torch.bool)
+    source = torch.arange(4.0)[:, None, None, None].expand(4, 1, 16, 16)
+    assert cutmix(source, boxes)[:, 0, 0, 0].tolist() == [1, 0, 3, 2]
+    halves = [cutmix(source[part], boxes[part]) for part in (slice(0, 2), slice(2, 4))]
+    assert torch.equal(torch.cat(halves), cutmix(source, boxes))
+    assert cutmix(source[:3], boxes[:3])[:, 0, 0, 0].tolist() == [1, 0, 0]
+
+
+def test_cutmix_of_aligned_grids_takes_the_nearest_feature_point():
+    # 17 pixels on 3 points, 8 apart: pixel 4 is as near to point 1 as to point 0, 3 and 5 are not.
+    boxes = torch.zeros(2, 1, 3, 3, dtype=torch.bool)
+    boxes[:, :, 1] = True
+    source = torch.arange(2.0)[:, None, None, None].expand(2, 1, 17, 17)
+    mixed = cutmix(source, boxes)[0, 0, :, 0]
+    assert mixed[5:12].eq(1).all()
+    assert mixed[:4].eq(0).all()
+    assert mixed[13:].eq(0).all()
 
 
 # --- objective -------------------------------------------------------------------------------------------------------
@@ -328,16 +374,17 @@ def make_halves(config):
 
 
 @pytest.mark.parametrize(
-    ("variant", "names"),
+    ("options", "names"),
     [
-        ("supervised", {"ce_l", "ce_u", "kl"}),  # its unlabelled half is never asked for
-        ("no_propagation", {"ce_l", "ce_u", "kl"}),
-        ("no_derivative_loss", {"ce_l", "ce_l_propagated", "ce_u", "ce_u_propagated", "kl"}),
-        ("full", {"ce_l", "ce_l_propagated", "ce_u", "ce_u_propagated", "kl", "der_l", "der_u"}),
+        ({"variant": "supervised"}, {"ce_l", "ce_u", "kl"}),  # its unlabelled half is never asked for
+        ({"variant": "no_propagation"}, {"ce_l", "ce_u", "kl"}),
+        ({"variant": "no_derivative_loss"}, {"ce_l", "ce_l_propagated", "ce_u", "ce_u_propagated", "kl"}),
+        ({"variant": "full"}, {"ce_l", "ce_l_propagated", "ce_u", "ce_u_propagated", "kl", "der_l", "der_u"}),
+        ({"variant": "full", "weight_propagated": 0}, {"ce_l", "ce_u", "kl", "der_l", "der_u"}),
     ],
 )
-def test_terms_of_each_variant_and_their_weights(variant, names):
-    config = make_config({"variant": variant})
+def test_terms_of_each_variant_and_their_weights(options, names):
+    config = make_config(options)
     objective, labeled, strong, weak, target, valid = make_halves(config)
     pseudo = objective.pseudo_labels(weak, valid, ramp=0.5)
     torch.testing.assert_close(pseudo.sum(1), torch.ones(2, 32, 32))
@@ -357,6 +404,8 @@ def test_ramp_blends_from_the_prediction_to_the_propagation():
     propagated = objective.propagate(weak.logits, weak.feats, mask=valid).softmax(1)
     torch.testing.assert_close(objective.pseudo_labels(weak, valid, ramp=0.0), prediction)
     torch.testing.assert_close(objective.pseudo_labels(weak, valid, ramp=1.0), propagated)
+    half = Objective(make_config({"ramp_end": 0.5}))
+    torch.testing.assert_close(half.pseudo_labels(weak, valid, ramp=1.0), (prediction + propagated) / 2)
     plain = Objective(make_config({"rectify": False}))
     torch.testing.assert_close(plain.pseudo_labels(weak, valid, ramp=1.0), prediction)
 
@@ -408,8 +457,11 @@ def test_network_shapes_and_unknown_backbone():
     assert output.logits.shape == (1, 6, 45, 60)
     assert output.feats.shape == (1, 8, 6, 8)
     assert output.feats.min() >= 0
-    with pytest.raises(ConfigError, match="backbone: expected one of resnet10, resnet18, got 'vgg'"):
-        SegmentationNetwork(make_config({"backbone": "vgg"}), 6)
+    for name in ("vgg", "timm/no_such_model", "torchvision/resnet50"):
+        with pytest.raises(ConfigError, match=rf"backbone: expected one of resnet50, .*timm/.*, got '{name}'"):
+            SegmentationNetwork(make_config({"backbone": name}), 6)
+    with pytest.raises(ConfigError, match=r"timm/resnet10t does not give stages \[1, 9\] at output stride 8"):
+        SegmentationNetwork(make_config(TINY | {"timm_stages": [1, 9]}), 6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -419,18 +471,19 @@ def test_two_steps_of_every_variant(variant, scenes, tmp_path):
     results = run(config, progress=False)
     assert torch.equal(state, torch.get_rng_state())
     assert results == json.loads((tmp_path / "results.json").read_text())
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "last.pt", "panel.png", "results.json"}
+    assert {path.name for path in tmp_path.iterdir()} == FILES
     assert results["config"] == config.to_dict()
     assert results["classes"] == list(CLASS_NAMES)
     assert results["evaluation"] == {"mode": "original", "images": 2}
+    assert results["steps"] == {"run": 2, "epoch": 2}
     assert set(results["seconds"]) == {"train", "evaluate"}
     assert set(results["versions"]) == {"python", "torch", "torchvision", "torchmetrics", "dlprop"}
     assert (results["last"]["averaged"] is not None) == (variant == "full")
     for scores in filter(None, results["last"].values()):
-        for key in ("prediction", "propagated"):
+        for key in ("prediction", "propagated", "blend"):
             assert 0 <= scores[key]["miou"] <= 1
             assert set(scores[key]["iou"]) == set(CLASS_NAMES)
-    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    checkpoint = torch.load(tmp_path / "latest.pt", weights_only=True)
     assert checkpoint["step"] == 2
     assert checkpoint["config"] == config.to_dict()
     assert (checkpoint["averager"] is not None) == (variant == "full")
@@ -441,7 +494,7 @@ def test_softmax_setting_and_options_run(scenes, tmp_path):
         "affinity": "softmax",
         "similarity": "cosine",
         "normalize": "none",
-        "weights": [20.0, 20.0],
+        "order_weights": [20.0, 20.0],
         "detach_logits": True,
         "loss_norm": "frobenius",
         "confidence": "fixed",
@@ -453,10 +506,19 @@ def test_softmax_setting_and_options_run(scenes, tmp_path):
     assert results["history"][-1]["threshold"] == pytest.approx(0.85)
 
 
+def test_scores_of_p_do_not_depend_on_what_only_p_tilde_uses(scenes, tmp_path):
+    results = [
+        run(tiny(scenes, tmp_path / affinity, variant="no_propagation", affinity=affinity), progress=False)
+        for affinity in ("linear", "softmax")
+    ]
+    first, second = (result["last"]["trained"] for result in results)
+    assert first["prediction"] == second["prediction"]
+
+
 def test_same_seed_same_weights(scenes, tmp_path):
     def weights(name, **options):
         run(tiny(scenes, tmp_path / name, **options), progress=False)
-        return torch.load(tmp_path / name / "last.pt", weights_only=True)
+        return torch.load(tmp_path / name / "latest.pt", weights_only=True)
 
     first, again, other = weights("a"), weights("b"), weights("c", seed=1)
     for key in ("network", "averager"):
@@ -465,14 +527,19 @@ def test_same_seed_same_weights(scenes, tmp_path):
     assert any(not torch.equal(value, other["network"][name]) for name, value in first["network"].items())
 
 
-def test_a_checkpoint_gives_the_tested_network(scenes, tmp_path):
-    run(tiny(scenes, tmp_path), progress=False)
-    network, names = load_network(tmp_path / "last.pt")
-    assert names == list(CLASS_NAMES)
-    assert not network.training
-    saved = torch.load(tmp_path / "last.pt", weights_only=True)["averager"]
-    weights = network.state_dict()
-    assert all(torch.equal(value, saved[f"module.{name}"]) for name, value in weights.items())
+@pytest.mark.parametrize(("momentum_network", "variant"), [("variant", "full"), ("on", "supervised"), ("off", "full")])
+def test_a_checkpoint_gives_its_networks(momentum_network, variant, scenes, tmp_path):
+    config = tiny(scenes, tmp_path, variant=variant, momentum_network=momentum_network)
+    run(config, progress=False)
+    networks, saved_config, names = load_networks(tmp_path / "latest.pt")
+    assert (saved_config, names) == (config, CLASS_NAMES)
+    assert list(networks) == (["trained"] if momentum_network == "off" else ["trained", "averaged"])
+    assert not any(network.training for network in networks.values())
+    saved = torch.load(tmp_path / "latest.pt", weights_only=True)
+    assert all(torch.equal(value, saved["network"][name]) for name, value in networks["trained"].state_dict().items())
+    if "averaged" in networks:
+        weights = networks["averaged"].state_dict()
+        assert all(torch.equal(value, saved["averager"][f"module.{name}"]) for name, value in weights.items())
 
 
 def test_divergence_names_the_images(scenes, tmp_path, capsys):
@@ -480,14 +547,15 @@ def test_divergence_names_the_images(scenes, tmp_path, capsys):
     with pytest.raises(DivergedError, match=r"loss is \S+ at step \d, on images labeled_\d+, labeled_\d+; try a lower"):
         run(tiny(scenes, tmp_path, **options), progress=False)
     assert not (tmp_path / "results.json").exists()
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (TINY | options).items()]
-    assert main(["train", f"--data={scenes}", f"--out={tmp_path}", *flags]) == 3
+    out = tmp_path / "from_the_command_line"
+    assert main(["train", f"--data={scenes}", f"--out={out}", *flags(TINY | options)]) == 3
     assert "diverged: loss is" in capsys.readouterr().err
 
 
-def test_devices_are_checked(scenes, tmp_path):
-    with pytest.raises(ConfigError, match="device: 'abacus' cannot be used here"):
-        run(tiny(scenes, tmp_path, device="abacus"), progress=False)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_the_accelerator_is_checked(scenes, tmp_path):
+    with pytest.raises(ConfigError, match="accelerator: cuda cannot be used here"):
+        run(tiny(scenes, tmp_path, accelerator="cuda"), progress=False)
 
 
 def test_writes_are_whole_or_absent(tmp_path):

@@ -8,9 +8,17 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from .ablate import ablate, add_ablate_arguments
 from .config import ConfigError, add_config_arguments, config_from_arguments
 from .data import DataError
 from .demo import add_demo_arguments, demo
+from .distributed import rank
+from .files import CheckpointError
+from .inspection import inspect_command
+from .predict_folder import add_predict_arguments, predict_command
+from .scoring import add_evaluate_arguments, score
+from .similarity_maps import add_similarity_arguments, similarity_command
+from .split import add_split_arguments, split_command
 from .train import DivergedError, run
 
 DONE, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 2, 3, 130
@@ -18,19 +26,33 @@ DONE, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 2, 3, 130
 
 def train_command(arguments: argparse.Namespace) -> None:
     """Trains one variant and prints its scores."""
-    results = run(config_from_arguments(arguments))
+    results = run(config_from_arguments(arguments), resume=arguments.resume)
+    if rank():
+        return
     for network, scores in results["last"].items():
         if scores:
             p, propagated = (100 * scores[key]["miou"] for key in ("prediction", "propagated"))
             print(f"{network:9} network: mIoU of P {p:.2f}, of P~ {propagated:.2f}")
     out = results["config"]["out"]
-    print(f"{results['seconds']['train']:.0f} s of training; wrote {out}/results.json, panel.png, last.pt, config.yaml")
+    print(f"{results['seconds']['train']:.0f} s of training; results, pictures and checkpoints are in {out}")
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `train`."""
+    add_config_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from latest.pt of the run folder, if there is one")
 
 
 # Name -> (one line of help, what adds its flags, what runs it).
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
     "demo": ("train four variants on generated scenes and print their table", add_demo_arguments, demo),
-    "train": ("train one variant on a folder in VOC layout", add_config_arguments, train_command),
+    "inspect": ("check a partition and print its classes and sizes", add_config_arguments, inspect_command),
+    "split": ("make a seeded partition of the training images", add_split_arguments, split_command),
+    "train": ("train one variant", add_train_arguments, train_command),
+    "evaluate": ("score the checkpoints of a run, class by class", add_evaluate_arguments, score),
+    "predict": ("colour masks and overlays for a folder of images", add_predict_arguments, predict_command),
+    "similarity": ("what one pixel of an image is similar to", add_similarity_arguments, similarity_command),
+    "ablate": ("run a grid of variants and seeds, and write their table", add_ablate_arguments, ablate),
 }
 
 
@@ -45,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.run_command(arguments)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except DivergedError as error:

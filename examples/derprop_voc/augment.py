@@ -5,15 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from .config import Config
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
-MEAN_COLOUR = tuple(round(255 * value) for value in MEAN)
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's, for padding
 
 
 class RandomRescale(v2.Transform):
@@ -36,7 +34,7 @@ class RandomRescale(v2.Transform):
 class Augment(nn.Module):
     """A sample's weak view and, if asked for, the strong view on the same crop.
 
-    Gives {"image", "valid"} with "mask" if there is one, or {"weak", "strong", "valid"}. Padding has label 0 and is
+    Gives {"image", "valid"}, or {"weak", "strong", "valid"}, and "mask" if there is one. Padding has label 0 and is
     told from the class 0 by `valid` only.
     """
 
@@ -71,8 +69,8 @@ class Augment(nn.Module):
 
 
 def to_input(image: Tensor) -> Tensor:
-    """uint8 RGB to the network's float input."""
-    return TF.normalize(TF.to_dtype(image, torch.float32, scale=True), MEAN, STD).as_subclass(Tensor)
+    """uint8 RGB to the network's input, float32 in [0, 1]."""
+    return TF.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor)
 
 
 def cutmix_boxes(count: int, grid: Sequence[int], *, probability: float, generator: torch.Generator) -> Tensor:
@@ -96,11 +94,27 @@ def cutmix_boxes(count: int, grid: Sequence[int], *, probability: float, generat
 
 
 def cutmix(x: Tensor, boxes: Tensor) -> Tensor:
-    """Replaces each image's box by the same place of the next image of the batch.
+    """Replaces each image's box by the same place of its partner: images 0 and 1 are partners, 2 and 3, and so on.
+
+    Pairs, so that a batch split over processes mixes as the whole batch does. The last image of an odd batch takes from
+    the first.
 
     Args:
-        x: (N, K, H, W), of any dtype; H and W are multiples of the boxes' grid.
+        x: (N, K, H, W), of any dtype.
         boxes: (N, 1, h, w) bool of `cutmix_boxes`.
     """
-    inside = F.interpolate(boxes.to(torch.uint8), x.shape[-2:], mode="nearest").bool()
-    return torch.where(inside, x.roll(1, 0), x)
+    partner = torch.arange(len(x), device=x.device) ^ 1
+    partner[partner == len(x)] = 0
+    rows, columns = (_cells(size, grid).to(x.device) for size, grid in zip(x.shape[-2:], boxes.shape[-2:], strict=True))
+    return torch.where(boxes[:, :, rows[:, None], columns], x[partner], x)
+
+
+def _cells(size: int, grid: int) -> Tensor:
+    """For each of `size` pixels the nearest of `grid` feature points.
+
+    Features of 8 h pixels stand in the middle of cells; those of 8 (h - 1) + 1 pixels stand on every eighth pixel.
+    """
+    pixel = torch.arange(size)
+    if size % grid:
+        return (2 * pixel * (grid - 1) + size - 1) // (2 * (size - 1))
+    return pixel * grid // size

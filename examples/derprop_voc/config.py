@@ -1,6 +1,7 @@
 """Every option of a run: one frozen dataclass, read from YAML files and the command line."""
 
 import argparse
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -9,6 +10,18 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 Variant = Literal["supervised", "no_propagation", "no_derivative_loss", "no_momentum", "full"]
+
+# The first option of each group of `--help`.
+GROUPS = {
+    "dataset": "data",
+    "crop_size": "augmentation",
+    "backbone": "network",
+    "variant": "method: propagation",
+    "weight_ce": "method: losses, pseudo-labels and averaging",
+    "epochs": "schedule",
+    "accelerator": "machine",
+    "evaluation": "evaluation and output",
+}
 
 
 class ConfigError(ValueError):
@@ -28,16 +41,18 @@ class Config:
     (`partition: "1_8"`), not on the command line.
     """
 
-    data: str = option("", "folder in VOC layout (JPEGImages, SegmentationClass, ImageSets/Segmentation)")
-    partition: str = option("1_8", "folder under ImageSets/Segmentation that holds labeled.txt and unlabeled.txt")
+    dataset: Literal["folder", "voc", "cityscapes"] = option("folder", "layout of `data`; see the README")
+    data: str = option("", "folder of the data set; `folder`: JPEGImages, SegmentationClass, ImageSets/Segmentation")
+    download: bool = option(False, "fetch what is missing of VOC 2012 (and SBD) into `data`, through torchvision")
+    sbd: bool = option(False, "VOC with the masks of SBD: 10,582 training images instead of 1,464")
+    partition: str = option("1_8", "folder with labeled.txt and unlabeled.txt: under ImageSets/Segmentation, or a path")
     num_classes: int = option(0, "classes; 0: as many as names, else the largest labelled id plus one", low=0, high=255)
     class_names: tuple[str, ...] = option((), "names in id order; empty: the lines of classes.txt, else the ids")
     image_size: tuple[int, ...] = option((), "working height and width; empty: as stored. Evaluation is as stored")
     cache_images: bool = option(False, "keep decoded images in memory (small data sets; per worker)")
     workers: int = option(0, "data loading processes; results do not depend on it", low=0)
-    out: str = option("runs/train", "run folder")
 
-    crop_size: int = option(128, "edge of the square training crop, a multiple of 8", low=32)
+    crop_size: int = option(321, "edge of the square training crop, a multiple of output_stride or one more", low=32)
     rescale: tuple[float, ...] = option((0.5, 2.0), "range of the random resize")
     jitter: float = option(0.5, "strength of the strong view's colour jitter", low=0, high=1)
     jitter_probability: float = option(0.8, "probability of the colour jitter", low=0, high=1)
@@ -45,11 +60,17 @@ class Config:
     blur_probability: float = option(0.5, "probability of the blur", low=0, high=1)
     cutmix_probability: float = option(1.0, "probability that an image receives a CutMix box", low=0, high=1)
 
-    backbone: str = option("resnet18", "name in model.BACKBONES")
-    atrous_rates: tuple[int, ...] = option((3, 6, 9), "dilations of ASPP")
-    decoder_channels: int = option(128, "channels of ASPP and of the fused map", low=1)
-    low_channels: int = option(32, "channels of the low-level branch", low=1)
-    feature_channels: int = option(64, "D, channels of the projection J", low=4)
+    backbone: str = option("resnet101", "resnet50 or resnet101 of torchvision, or timm/<name> for any of timm's")
+    weights: str = option("none", "of the backbone: none, a torchvision enum member (IMAGENET1K_V2), timm, or a file")
+    output_stride: Literal[8, 16] = option(8, "pixels of the input a point of the features stands for")
+    timm_stages: tuple[int, ...] = option((1, 4), "out_indices of a timm backbone: low-level and high-level stage")
+    batch_norm: Literal["train", "frozen"] = option("train", "frozen: keep the backbone's and heads' statistics fixed")
+    atrous_rates: tuple[int, ...] = option((12, 24, 36), "dilations of ASPP")
+    decoder_channels: int = option(256, "channels of ASPP and of the fused map", low=1)
+    low_channels: int = option(48, "channels of the low-level branch", low=1)
+    fuse_layers: int = option(2, "3 x 3 convolutions between fusion and classifier", low=1)
+    dropout: float = option(0.5, "dropout behind ASPP", low=0, high=1)
+    feature_channels: int = option(256, "D, channels of the projection J", low=4)
     nonnegative: bool = option(True, "end J with a ReLU, so that similarities of order 0 are at least 0")
 
     variant: Variant = option(  # noqa: RUF009, an alias hides from ruff that this is a field
@@ -62,13 +83,17 @@ class Config:
     normalize: Literal["l1", "l2", "softmax", "none"] = option("l1", "features before differencing, when propagating")
     scheme: Literal["forward", "central", "sum", "laplacian"] = option("forward", "operator: Eq. 2, 10, 11 or 12")
     max_order: int = option(1, "Q, the highest order of the similarity", low=0)
-    weights: tuple[float, ...] = option((), "one weight per order 0..Q; empty: ones")
-    detach_logits: bool = option(False, "let the loss on P~ train the features only")
-    rectify: bool = option(True, "pseudo-labels from Eq. 5; false: from P alone")
+    order_weights: tuple[float, ...] = option((), "one weight per order 0..Q; empty: ones")
+    detach_logits: bool = option(False, "let the cross entropy of P~ train the features only")
+    rectify: bool = option(True, "take pseudo-labels from Eq. 5; with --no-rectify, from P alone")
+    ramp_end: float = option(
+        1.0, "value that eta_ep of Eq. 5 reaches at the end; it rises linearly from 0", low=0, high=1
+    )
 
     weight_ce: float = option(0.5, "weight of L_CE, Eq. 7", low=0)
     weight_kl: float = option(0.25, "weight of L_KL, Eq. 7", low=0)
     weight_der: float = option(0.5, "weight of L_Der, Eq. 7", low=0)
+    weight_propagated: float = option(1.0, "factor on the cross entropies of P~ inside L_CE; 0 leaves them out", low=0)
     loss_norm: Literal["l1", "frobenius"] = option("l1", "norm of L_Der's residuals")
     loss_normalize: Literal["l1", "l2", "softmax", "none"] = option("l1", "features before differencing, in L_Der")
     eta: float = option(0.5, "weight of L_Der's sparsity term", low=0)
@@ -76,43 +101,64 @@ class Config:
     unlabeled_warmup: float = option(
         0.0, "share of the steps over which the unlabelled terms' weights rise from 0 (from scratch)", low=0, high=1
     )
+    weak_mode: Literal["eval", "train"] = option(
+        "eval", "mode of the network that makes pseudo-labels; train: batch statistics and dropout (from scratch)"
+    )
     confidence: Literal["adaptive", "fixed"] = option("adaptive", "global threshold on the pseudo-labels' confidence")
     threshold: float = option(0.85, "the fixed threshold, or where the adaptive one starts", low=0, high=1)
     threshold_momentum: float = option(0.999, "momentum of the adaptive threshold", low=0, high=1)
+    momentum_network: Literal["variant", "on", "off"] = option(
+        "variant", "keep the network of Eq. 6: only in the variant that has it, always, or never"
+    )
+    average_every: Literal["epoch", "step"] = option("epoch", "when the momentum network is updated (Eq. 6: epoch)")
+    average_momentum: float = option(0.5, "momentum of the momentum network", low=0, high=1)
 
-    steps: int = option(500, "optimiser steps", low=1)
-    labeled_batch: int = option(4, "labelled images a step", low=2)
-    unlabeled_batch: int = option(4, "unlabelled images a step", low=2)
-    lr: float = option(0.02, "learning rate of SGD, decayed polynomially to 0", low=0)
+    epochs: int = option(80, "EP, passes over the longer of the two lists", low=1)
+    steps: int = option(0, "length in optimiser steps instead; 0: from `epochs`", low=0)
+    labeled_batch: int = option(4, "labelled images a step, over all processes", low=1)
+    unlabeled_batch: int = option(4, "unlabelled images a step, over all processes", low=1)
+    lr: float = option(0.001, "learning rate of SGD, decayed polynomially to 0", low=0)
     head_lr_multiplier: float = option(1.0, "learning rate of all but the backbone, as a multiple of lr", low=0)
     lr_power: float = option(0.9, "power of the decay", low=0)
     sgd_momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
     weight_decay: float = option(1e-4, "weight decay", low=0)
-    average_every: Literal["epoch", "step"] = option("epoch", "when the momentum network is updated (Eq. 6: epoch)")
-    average_momentum: float = option(0.5, "momentum of the momentum network", low=0, high=1)
 
-    seed: int = option(0, "seed of everything random", low=0)
+    accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "what to train on")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option("32-true", "arithmetic of the network")
+    channels_last: bool = option(False, "memory format of the network; faster on most machines")
     threads: int = option(0, "CPU threads; 0: torch's choice. Results are repeatable for one number of threads", low=0)
-    device: str = option("auto", "auto, cpu, cuda or cuda:<index>")
-    panel_images: int = option(4, "validation images in the panel picture", low=1)
+    seed: int = option(0, "seed of everything random", low=0)
+
+    evaluation: Literal["original", "sliding_window", "center_crop"] = option("original", "how images are scored")
+    evaluate_every: int = option(0, "epochs between validations, which choose best.pt; 0: at the end only", low=0)
+    panel_every: int = option(0, "epochs between panels of validation images; 0: at the end only", low=0)
+    panel_images: int = option(4, "validation images in a panel", low=1)
+    measure_pseudo_labels: bool = option(
+        False, "log the mIoU of P, P~ and P_bar while training; reads unlabelled masks, for the log only"
+    )
+    tensorboard: bool = option(True, "write TensorBoard event files")
+    out: str = option("runs/train", "run folder")
 
     def __post_init__(self) -> None:
         for name, kind in hints().items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
         for item in fields(self):
             _check_range(item.name, getattr(self, item.name), item.metadata["low"], item.metadata["high"])
-        if self.crop_size % 8:
+        if self.crop_size % self.output_stride > 1:
             raise ConfigError(
-                f"crop_size: expected a multiple of 8 (CutMix boxes lie on that grid), got {self.crop_size}"
+                f"crop_size: expected a multiple of output_stride = {self.output_stride}, or one more "
+                f"(CutMix boxes lie on the feature grid), got {self.crop_size}"
             )
         if len(self.image_size) not in (0, 2) or any(edge < 1 for edge in self.image_size):
             raise ConfigError(f"image_size: expected a height and a width, got {list(self.image_size)}")
         if len(self.rescale) != 2 or not 0 < self.rescale[0] <= self.rescale[1]:
             raise ConfigError(f"rescale: expected two positive numbers in rising order, got {list(self.rescale)}")
-        if self.weights and len(self.weights) != self.max_order + 1:
+        if self.order_weights and len(self.order_weights) != self.max_order + 1:
             raise ConfigError(
-                f"weights: expected max_order + 1 = {self.max_order + 1} numbers, got {len(self.weights)}"
+                f"order_weights: expected max_order + 1 = {self.max_order + 1} numbers, got {len(self.order_weights)}"
             )
+        if len(self.timm_stages) != 2 or not 0 <= self.timm_stages[0] < self.timm_stages[1]:
+            raise ConfigError(f"timm_stages: expected two stages in rising order, got {list(self.timm_stages)}")
         if self.num_classes and self.class_names and self.num_classes != len(self.class_names):
             raise ConfigError(f"class_names: expected num_classes = {self.num_classes}, got {len(self.class_names)}")
         if self.affinity == "softmax" and self.scale != "sum":
@@ -128,14 +174,29 @@ class Config:
         return self.variant in ("no_derivative_loss", "no_momentum", "full")
 
     @property
+    def trains_propagated(self) -> bool:
+        """Whether the cross entropies of P~ take part."""
+        return self.propagates and self.weight_propagated > 0
+
+    @property
     def has_derivative_loss(self) -> bool:
         """Whether training uses L_Der."""
         return self.variant in ("no_momentum", "full")
 
     @property
+    def trains_projection(self) -> bool:
+        """Whether any term has a gradient for J."""
+        return self.trains_propagated or self.has_derivative_loss
+
+    @property
     def averages(self) -> bool:
         """Whether Eq. 6 keeps a momentum network."""
-        return self.variant == "full"
+        return self.variant == "full" if self.momentum_network == "variant" else self.momentum_network == "on"
+
+    @property
+    def crop_grid(self) -> int:
+        """Edge of a training crop on the feature grid."""
+        return -(-self.crop_size // self.output_stride)
 
 
 def hints() -> dict[str, Any]:
@@ -147,7 +208,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`, or an error that names the option, what was expected and what came."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ConfigError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
+            raise ConfigError(f"{name}: expected one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
         return value
     if get_origin(kind) is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
@@ -174,9 +235,11 @@ def _check_range(name: str, value: Any, low: float | None, high: float | None) -
 
 def make_config(values: Mapping[str, Any]) -> Config:
     """A `Config` from plain values; unknown names are errors."""
-    unknown = [str(name) for name in values if name not in hints()]
-    if unknown:
-        raise ConfigError(f"unknown option {', '.join(sorted(unknown))}; known: {', '.join(hints())}")
+    for name in values:
+        if name not in hints():
+            close = difflib.get_close_matches(str(name), hints(), n=1)
+            guess = f"did you mean {close[0]}?" if close else "`train --help` lists them all"
+            raise ConfigError(f"unknown option {name}; {guess}")
     return Config(**values)
 
 
@@ -198,7 +261,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds `--config` and one flag for every option of `Config`."""
     parser.add_argument("--config", nargs="+", default=[], metavar="YAML", type=Path, help="option files; later win")
+    group: argparse._ArgumentGroup | argparse.ArgumentParser = parser
     for item in fields(Config):
+        if item.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[item.name])
         kind = hints()[item.name]
         shown = list(item.default) if isinstance(item.default, tuple) else item.default
         arguments: dict[str, Any] = {
@@ -209,18 +275,22 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
-            arguments["choices"] = get_args(kind)
+            arguments |= {"choices": get_args(kind), "type": type(get_args(kind)[0])}
         elif get_origin(kind) is tuple:
             arguments |= {"nargs": "*", "type": get_args(kind)[0], "metavar": item.name.upper()}
         else:
             arguments |= {"type": kind, "metavar": item.name.upper()}
-        parser.add_argument(f"--{item.name.replace('_', '-')}", **arguments)
+        group.add_argument(f"--{item.name.replace('_', '-')}", **arguments)
+
+
+def values_from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of every `--config` file, then of the flags that were given; defaults are left out."""
+    values: dict[str, Any] = {}
+    for path in arguments.config:
+        values |= read_yaml(path)
+    return values | {name: value for name, value in vars(arguments).items() if name in hints()}
 
 
 def config_from_arguments(arguments: argparse.Namespace) -> Config:
     """Defaults, then every `--config` file, then the flags that were given."""
-    values: dict[str, Any] = {}
-    for path in arguments.config:
-        values |= read_yaml(path)
-    values |= {name: value for name, value in vars(arguments).items() if name in hints()}
-    return make_config(values)
+    return make_config(values_from_arguments(arguments))

@@ -1,39 +1,31 @@
-"""Segmentation data in VOC layout: lists, checks that run before training, and the datasets.
+"""Segmentation data: checks that run before training, and the datasets.
 
-A list holds one image a line: a bare id, or `JPEGImages/x.jpg SegmentationClass/x.png` relative to the folder.
+Headers and ends of all images are checked, and the masks of labelled and validation images as a whole: seconds for
+thousands of images. Damage in the middle of an image shows when it is read, as the same one-line error.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 from .config import Config
+from .sources import HIGHEST_LABEL_ID, TRAIN_IDS, VOID, DataError, Item, Source, find_source, folder_item, read_lines
+from .sources import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 
-VOID = 255
-IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
+# How a whole file ends. One that ends in another way is decoded to find out: bytes after the end are allowed.
+ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 Sample = dict[str, Any]
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the message names the file, what was found and what was expected."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One line of a list. `mask` is a path that unlabelled images need not have."""
-
-    name: str
-    image: Path
-    mask: Path
 
 
 @dataclass(frozen=True)
@@ -46,83 +38,85 @@ class Data:
     class_names: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Places:
+    """The lists of one partition; `val` may be a folder of images."""
+
+    labeled: Path
+    unlabeled: Path
+    val: Path
+
+
 def load_data(config: Config) -> Data:
     """Reads the lists and checks every file they name.
 
-    Raises:
-        DataError: at the first missing file, empty list, mask of another mode or size, or label out of range.
-    """
-    root = Path(config.data)
-    if not config.data or not root.is_dir():
-        raise DataError(f"{root}: expected a folder in VOC layout (option data), found none")
-    lists = root / "ImageSets" / "Segmentation"
-    labeled = read_list(lists / config.partition / "labeled.txt", root)
-    unlabeled = [] if config.variant == "supervised" else read_list(lists / config.partition / "unlabeled.txt", root)
-    val = read_list(lists / "val.txt", root)
+    An image may be in both training lists, as in some published ones, but not in a training list and in validation.
 
-    names = config.class_names or _names_file(root / "classes.txt")
-    if config.num_classes and names and len(names) != config.num_classes:
-        raise DataError(
-            f"{root / 'classes.txt'}: expected num_classes = {config.num_classes} lines, found {len(names)}"
-        )
-    known = config.num_classes or len(names)
-    for item in unlabeled:
-        check_image(item.image)
-    highest = max(check_mask(item, known or VOID) for item in labeled)
+    Raises:
+        DataError: at the first missing or truncated file, empty list, validation image that is trained on, mask of
+            another mode or size, or label out of range.
+    """
+    source = find_source(config)
+    places = find_places(config, source)
+    labeled, val = (read_list(place, source.root, source.item) for place in (places.labeled, places.val))
+    unlabeled = [] if config.variant == "supervised" else read_list(places.unlabeled, source.root, source.item)
+    validated = {item.image for item in val}
+    for place, items in ((places.labeled, labeled), (places.unlabeled, unlabeled)):
+        leaked = next((item.name for item in items if item.image in validated), None)
+        if leaked is not None:
+            raise DataError(f"{place}: expected no image of the validation list {places.val}, found {leaked} in both")
+
+    known = config.num_classes or len(source.class_names)
+    highest = max(check_mask(item, known or VOID, source.missing_mask) for item in labeled)
     if highest < 0:
-        raise DataError(f"{lists / config.partition / 'labeled.txt'}: expected labelled pixels, found only void (255)")
-    names = names or tuple(str(index) for index in range(known or highest + 1))
+        raise DataError(f"{places.labeled}: expected labelled pixels, found only void ({VOID})")
+    names = source.class_names or tuple(str(index) for index in range(known or highest + 1))
     for item in val:
-        check_mask(item, len(names))
+        check_mask(item, len(names), source.missing_mask)
+    measured = config.measure_pseudo_labels and all(item.mask.is_file() for item in unlabeled)
+    for item in unlabeled:
+        if measured:
+            check_mask(item, len(names))
+        else:
+            check_image(item.image)
     return Data(labeled, unlabeled, val, names)
 
 
-def read_list(path: Path, root: Path) -> list[Item]:
-    """The items of one list file."""
-    if not path.is_file():
-        raise DataError(f"{path}: expected a list of images, found no such file")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    items = [
-        _item(line.split(), root, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
-    ]
-    if not items:
-        raise DataError(f"{path}: expected one image a line, found an empty list")
-    return items
+def find_places(config: Config, source: Source) -> Places:
+    """The lists of a config's partition; its own val.txt wins over one beside it, and that over the data set's."""
+    folder = source.partition(config.partition)
+    own = [path for path in (folder / "val.txt", folder.parent / "val.txt") if path.is_file()]
+    return Places(folder / "labeled.txt", folder / "unlabeled.txt", [*own, source.val][0])
 
 
-def _item(words: Sequence[str], root: Path, place: str) -> Item:
-    if len(words) > 2:
-        raise DataError(f"{place}: expected an id, or an image and a mask, found {len(words)} words")
-    first = words[0].lstrip("/")  # some published lists start their paths with a slash
-    name = Path(first).stem if Path(first).suffix in IMAGE_SUFFIXES else first
-    mask = root / words[1].lstrip("/") if len(words) == 2 else root / "SegmentationClass" / f"{name}.png"
-    if name != first:
-        return Item(name, root / first, mask)
-    candidates = [root / "JPEGImages" / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
-    return Item(name, next((path for path in candidates if path.is_file()), candidates[0]), mask)
-
-
-def _names_file(path: Path) -> tuple[str, ...]:
-    return tuple(path.read_text(encoding="utf-8").split("\n")[:-1]) if path.is_file() else ()
+def read_list(place: Path, root: Path, item: Callable[[Path, Sequence[str]], Item] = folder_item) -> list[Item]:
+    """The items of one list; their paths are relative to `root`."""
+    return [item(root, words) for words in read_lines(place)]
 
 
 def check_image(path: Path) -> tuple[int, int]:
-    """Width and height of an image that exists and opens."""
+    """Width and height of an image that exists, opens and is not cut off."""
     if not path.is_file():
         raise DataError(f"{path}: expected an image, found no such file")
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError:
-        raise DataError(f"{path}: expected an image, found a file that does not open as one") from None
+    with _opened(path, "an image") as image:
+        if not _is_whole(path, image.format):
+            image.load()
+        return image.size
 
 
-def check_mask(item: Item, num_classes: int) -> int:
+def _is_whole(path: Path, format_name: str | None) -> bool:
+    ending = ENDINGS.get(format_name or "", b"")
+    with path.open("rb") as stream:
+        stream.seek(-len(ending), os.SEEK_END)
+        return bool(ending) and stream.read() == ending
+
+
+def check_mask(item: Item, num_classes: int, way_out: str = "") -> int:
     """The highest label of an item's mask, -1 when all of it is void; checks mode, size and range."""
     size = check_image(item.image)
     if not item.mask.is_file():
-        raise DataError(f"{item.mask}: expected the mask of {item.image.name}, found no such file")
-    labels = read_mask(item.mask)
+        raise DataError(f"{item.mask}: expected the mask of {item.image.name}, found no such file{way_out}")
+    labels = read_mask(item)
     if labels.shape[::-1] != size:
         found, expected = "x".join(map(str, labels.shape[::-1])), "x".join(map(str, size))
         raise DataError(f"{item.mask}: expected the image's size {expected}, found {found} (width x height)")
@@ -135,25 +129,39 @@ def check_mask(item: Item, num_classes: int) -> int:
     return highest
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(item: Item) -> np.ndarray:
     """(H, W) uint8 ids; a palette's indices are the ids, its colours are not looked at."""
-    try:
-        with Image.open(path) as mask:
-            if mask.mode not in ("P", "L"):
-                raise DataError(f"{path}: expected a PNG of ids, with a palette or 8-bit gray, found mode {mask.mode}")
-            return np.array(mask)
-    except OSError:
-        raise DataError(f"{path}: expected a PNG mask, found a file that does not open as one") from None
+    with _opened(item.mask, "a PNG mask") as mask:
+        if mask.mode not in ("P", "L"):
+            raise DataError(f"{item.mask}: expected a PNG of ids, with a palette or 8-bit gray, found mode {mask.mode}")
+        labels = np.array(mask)
+    if not item.label_ids:
+        return labels
+    highest = labels[labels != VOID].max(initial=0)
+    if highest > HIGHEST_LABEL_ID:
+        raise DataError(
+            f"{item.mask}: expected Cityscapes' label ids 0 to {HIGHEST_LABEL_ID} or {VOID}, found {highest}"
+        )
+    return TRAIN_IDS[labels]
 
 
 def read_image(path: Path, size: Sequence[int] = ()) -> tv_tensors.Image:
     """(3, H, W) uint8 image, resized to `size` (height, width) if given."""
-    try:
-        with Image.open(path) as stored:
-            image = tv_tensors.Image(TF.pil_to_tensor(stored.convert("RGB")))
-    except OSError as error:  # the checks before training read headers only
-        raise DataError(f"{path}: expected a whole image, found: {error}") from None
+    with _opened(path, "an image") as stored:
+        image = tv_tensors.Image(TF.pil_to_tensor(stored.convert("RGB")))
     return TF.resize(image, list(size), antialias=True) if size else image
+
+
+@contextmanager
+def _opened(path: Path, expected: str) -> Iterator[Image.Image]:
+    """An open image; what goes wrong inside the block is an error of its file."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: expected {expected}, found a file that does not open as one") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow, of a PNG's chunks
+        raise DataError(f"{path}: expected {expected} that is whole, found: {error}") from None
 
 
 class SegmentationDataset(Dataset[Sample]):
@@ -205,7 +213,7 @@ class SegmentationDataset(Dataset[Sample]):
         image = read_image(item.image, self.size)
         sample: Sample = {"image": image, "valid": tv_tensors.Mask(torch.ones(image.shape[-2:], dtype=torch.uint8))}
         if self.labeled:
-            mask = tv_tensors.Mask(torch.from_numpy(read_mask(item.mask)))
+            mask = tv_tensors.Mask(torch.from_numpy(read_mask(item)))
             resize = self.size and not self.stored_mask
             sample["mask"] = TF.resize(mask, list(self.size)) if resize else mask
         if self.decoded is not None:
@@ -224,17 +232,21 @@ class SeededBatches(Sampler[list[tuple[int, int]]]):
         steps: the batch to stop before.
         seed: seed of order and augmentation.
         start: the first batch to give.
+        part: the places of each batch that this process takes.
     """
 
-    def __init__(self, length: int, *, batch_size: int, steps: int, seed: int, start: int = 0) -> None:
+    def __init__(
+        self, length: int, *, batch_size: int, steps: int, seed: int, start: int = 0, part: slice = slice(None)
+    ) -> None:
         self.length, self.batch_size, self.steps, self.seed, self.start = length, batch_size, steps, seed, start
+        self.part = part
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.steps):
-            places = range(step * self.batch_size, (step + 1) * self.batch_size)
+            places = range(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
             yield [(self._index(place), _mixed(self.seed, 1, place)) for place in places]
 
     def _index(self, place: int) -> int:

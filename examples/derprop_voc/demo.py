@@ -9,10 +9,11 @@ from typing import Any
 from .config import Config, make_config, read_yaml
 from .data import SegmentationDataset, load_data
 from .files import write_bytes, write_json
-from .losses import Objective
-from .panels import draw_panel
+from .losses import make_propagation
+from .panels import draw_panel, prediction_rows
 from .scenes import write_scenes
-from .train import load_network, panel_rows, run
+from .state import load_networks
+from .train import run
 
 CONFIGS = Path(__file__).parent / "configs"
 SCENES = {"labeled": 16, "unlabeled": 96, "val": 40}
@@ -52,7 +53,7 @@ def demo(arguments: argparse.Namespace) -> None:
     print(f"Scenes in {out}/data: {', '.join(f'{count} {split}' for split, count in SCENES.items())}.", flush=True)
     results = {}
     for name, config in configs.items():
-        results[name] = run(config)
+        results[name] = run(config, overwrite=True)
         print(f"{len(results)} of {len(configs)} done: {RUNS[name][0]}", flush=True)
     text = table(results)
     draw_comparison(out / "comparison.png", configs, results)
@@ -61,7 +62,7 @@ def demo(arguments: argparse.Namespace) -> None:
     summary = {"seed": arguments.seed, "scenes": SCENES, "seconds": seconds, "runs": results}
     write_json(out / "results.json", summary)
     print(f"\n{text}\n{seconds:.0f} s in all. Wrote {out}/comparison.png, {out}/table.txt, {out}/results.json, and")
-    print("panel.png, results.json, config.yaml and last.pt of each run in")
+    print("panel.png, curves.png, log.jsonl, results.json, config.yaml and latest.pt of each run in")
     print("".join(f"  {config.out}\n" for config in configs.values()), end="")
 
 
@@ -95,14 +96,15 @@ def draw_comparison(path: Path, configs: Mapping[str, Config], results: Mapping[
     notes: dict[str, str] = {}
     for name, config in configs.items():
         label = RUNS[name][0]
-        network, names = load_network(Path(config.out) / "last.pt")
+        networks, _, names = load_networks(Path(config.out) / "latest.pt")
         val = SegmentationDataset(load_data(config).val, labeled=True, stored_mask=True)
-        predicted = panel_rows(network, Objective(config), val, config.panel_images)
+        tested = list(networks.values())[-1]
+        predicted = prediction_rows(tested, make_propagation(config), val, config.panel_images)
         rows = rows or [{"image": row["image"], "truth": row["truth"]} for row in predicted]
         for target, row in zip(rows, predicted, strict=True):
             target[label] = row["without propagation"]
-        tested = results[name]["last"]["averaged"] or results[name]["last"]["trained"]
-        notes[label] = f"P, mIoU {100 * tested['prediction']['miou']:.1f}"
+        scores = results[name]["last"]["averaged"] or results[name]["last"]["trained"]
+        notes[label] = f"P, mIoU {100 * scores['prediction']['miou']:.1f}"
     for row in rows:
         row["truth"] = row.pop("truth")  # the last column
     title = f"Generated scenes, {SCENES['labeled']} labelled and {SCENES['unlabeled']} unlabelled"

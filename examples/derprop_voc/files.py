@@ -1,8 +1,8 @@
 """Files that are either written whole or not at all."""
 
+import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,25 @@ import torch
 import yaml
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes through a temporary file in the same folder, so that a reader or a crash never sees half a file."""
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written, or that does not belong to this run."""
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Writes through a temporary file in the same folder, so that a reader or a crash never sees half a file.
+
+    Its name is always the same, so what a killed process left of it is written over by the next one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)  # mkstemp gives 0o600
         temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -39,12 +43,15 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_checkpoint(path: Path, values: Mapping[str, Any]) -> None:
-    """A file for `torch.load(path, weights_only=True)`: tensors and plain values only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A file for `torch.load(path, weights_only=True)`: tensors and plain values only.
+
+    Raises:
+        CheckpointError: when it cannot be written, as on a full disk; what was at `path` before is untouched.
+    """
+    buffer = io.BytesIO()  # torch.save into a file that fails reports its own position, not the file's error
+    torch.save(dict(values), buffer)
     try:
-        torch.save(dict(values), temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        write_bytes(path, buffer.getbuffer())
+    except OSError as error:
+        kept = "the previous one is untouched" if path.exists() else "there is none before it"
+        raise CheckpointError(f"{path}: the checkpoint could not be written ({error.strerror}); {kept}") from None

@@ -11,6 +11,7 @@ from dlprop import DerivativeLabelPropagation, DerivativeLoss
 
 from .config import Config
 from .data import VOID
+from .distributed import global_mean, highest
 from .model import Output
 
 
@@ -18,7 +19,7 @@ def make_propagation(config: Config) -> DerivativeLabelPropagation:
     """Eq. 4 with the options of `config`."""
     return DerivativeLabelPropagation(
         max_order=config.max_order,
-        weights=config.weights or None,
+        weights=config.order_weights or None,
         scheme=config.scheme,
         normalize=_optional(config.normalize),
         similarity=config.similarity,
@@ -48,8 +49,8 @@ def _optional(name: str) -> Any:
 class AdaptiveThreshold(nn.Module):
     """A global confidence threshold that follows the network.
 
-    Each update moves it towards the mean, over the classes predicted in the batch, of the highest confidence of each.
-    A fixed threshold is the same with momentum 1. No value leaves the device.
+    Each update moves it towards the mean, over the classes predicted in the global batch, of the highest confidence of
+    each. A fixed threshold is the same with momentum 1. No value leaves the device.
     """
 
     value: Tensor
@@ -64,11 +65,12 @@ class AdaptiveThreshold(nn.Module):
         """Follows one batch of pseudo-label probabilities (N, C, H, W); only `valid` (N, H, W) pixels count."""
         confidence, label = probabilities.max(1)
         # Absent classes and padding keep the start value 0, which no confidence of a present class can have.
-        highest = confidence.new_zeros(probabilities.shape[1]).scatter_reduce(
+        of_class = confidence.new_zeros(probabilities.shape[1]).scatter_reduce(
             0, label.flatten(), (confidence * valid).flatten(), "amax"
         )
-        present = highest > 0
-        mean = highest.sum() / present.sum().clamp(min=1)
+        of_class = highest(of_class)
+        present = of_class > 0
+        mean = of_class.sum() / present.sum().clamp(min=1)
         followed = self.momentum * self.value + (1 - self.momentum) * mean
         self.value.copy_(torch.where(present.any(), followed, self.value))
 
@@ -90,7 +92,7 @@ class Objective(nn.Module):
     def pseudo_labels(self, weak: Output, valid: Tensor, ramp: float) -> Tensor:
         """P_bar of Eq. 5, or P where the variant has no propagation: (N, C, H, W)."""
         if self.config.propagates and self.config.rectify:
-            return self.propagate.rectify(weak.logits, weak.feats, ramp, mask=valid)
+            return self.propagate.rectify(weak.logits, weak.feats, ramp * self.config.ramp_end, mask=valid)
         return weak.logits.softmax(1)
 
     def labeled(self, output: Output, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
@@ -103,7 +105,7 @@ class Objective(nn.Module):
         """
         target = target.masked_fill(~valid, VOID)
         terms = {"ce_l": _cross_entropy(output.logits, target)}
-        if self.config.propagates:
+        if self.config.trains_propagated:
             terms["ce_l_propagated"] = _cross_entropy(self._propagated(output, valid), target)
         if self.config.has_derivative_loss:
             terms["der_l"] = self.derivative_loss(output.feats, target, mask=valid)
@@ -125,14 +127,13 @@ class Objective(nn.Module):
             valid: (N, H, W) bool, False on padding.
         """
         trusted = (confident & valid).to(pseudo.dtype)
-        count = valid.sum().clamp(min=1)
 
         def masked_mean(values: Tensor) -> Tensor:
-            return (values * trusted).sum() / count
+            return global_mean((values * trusted).sum(), valid.sum())
 
         label = pseudo.argmax(1)
         terms = {"ce_u": masked_mean(F.cross_entropy(strong.logits, label, reduction="none"))}
-        if self.config.propagates:
+        if self.config.trains_propagated:
             propagated = self._propagated(strong, valid)
             terms["ce_u_propagated"] = masked_mean(F.cross_entropy(propagated, label, reduction="none"))
         terms["kl"] = masked_mean(F.kl_div(strong.logits.log_softmax(1), pseudo, reduction="none").sum(1))
@@ -145,12 +146,13 @@ class Objective(nn.Module):
         """Eq. 7; with a warm-up, the unlabelled terms weigh less while `progress` (0 to 1) is small."""
         config = self.config
         warm = min(1.0, progress / config.unlabeled_warmup) if config.unlabeled_warmup else 1.0
-        share = warm * (0.5 if "ce_u_propagated" in terms else 1.0)
+        propagated = config.weight_propagated
+        share = warm * (0.5 if config.trains_propagated else 1.0)
         weights = {
             "ce_l": config.weight_ce,
-            "ce_l_propagated": config.weight_ce,
+            "ce_l_propagated": config.weight_ce * propagated,
             "ce_u": config.weight_ce * share,
-            "ce_u_propagated": config.weight_ce * share,
+            "ce_u_propagated": config.weight_ce * share * propagated,
             "kl": config.weight_kl * warm,
             "der_l": config.weight_der,
             "der_u": config.weight_der * warm,
@@ -163,6 +165,6 @@ class Objective(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over labelled pixels; 0, not NaN, where a batch has none."""
+    """Mean over the labelled pixels of the global batch."""
     total = F.cross_entropy(logits, target, ignore_index=VOID, reduction="sum")
-    return total / (target != VOID).sum().clamp(min=1)
+    return global_mean(total, (target != VOID).sum())

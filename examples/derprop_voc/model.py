@@ -1,21 +1,29 @@
-"""The segmentation network G of Fig. 2 and its projection J, on torchvision's parts."""
+"""The segmentation network G of Fig. 2 and its projection J, on the parts of torchvision and timm."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import safetensors.torch
+import timm
 import torch
+from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
 from .config import Config, ConfigError
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TORCHVISION = ("resnet50", "resnet101")
+
 
 class Output(NamedTuple):
-    """Logits L (N, C, H, W) at the input's size and features V (N, D, H/8, W/8)."""
+    """Logits L (N, C, H, W) at the input's size and features V (N, D, h, w) at the output stride."""
 
     logits: Tensor
     feats: Tensor
@@ -23,72 +31,169 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Backbone:
-    """A body that maps an image to {"low", "high"} (Fig. 2's blocks 1 and 4), and their channels."""
+    """A body that maps images to {"low", "high"} (blocks 1 and 4 of Fig. 2), and what goes in and comes out."""
 
     body: nn.Module
     low_channels: int
     high_channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
-class Stages(nn.Module):
-    """A torchvision ResNet's stem and stages; `low` is the first stage's output, `high` the last one's."""
+class TimmStages(nn.Module):
+    """Two stages of a timm model, under the names that `Backbone` promises."""
 
-    def __init__(self, resnet: ResNet, last: int) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
-        self.stages = nn.ModuleList(getattr(resnet, f"layer{index}") for index in range(1, last + 1))
+        self.model = model
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Features of output strides 4 and 8."""
-        low = high = self.stages[0](self.stem(x))
-        for stage in self.stages[1:]:
-            high = stage(high)
+        """Low-level and high-level features."""
+        low, high = self.model(x)
         return {"low": low, "high": high}
 
 
-def _compact_resnet(blocks: int) -> Backbone:
-    """The first three stages of a basic-block ResNet, the third without its stride: output stride 8, 256 channels.
+def make_backbone(config: Config, *, initialise: bool = True) -> Backbone:
+    """The backbone that `config` names, with the weights it names unless `initialise` is false.
 
-    torchvision's basic blocks take no dilation, so the field of view is left to ASPP. The fourth stage, three quarters
-    of the parameters, is left out for speed.
+    Raises:
+        ConfigError: for an unknown backbone or unknown weights, and for a file that does not fit.
     """
-    resnet = ResNet(BasicBlock, [blocks] * 4)
-    resnet.layer3[0].conv1.stride = resnet.layer3[0].downsample[0].stride = (1, 1)
-    return Backbone(Stages(resnet, last=3), low_channels=64, high_channels=256)
+    family, _, name = config.backbone.rpartition("/")
+    weights = config.weights if initialise else "none"
+    if not family and name in TORCHVISION:
+        return _torchvision_backbone(name, weights, config.output_stride)
+    if family == "timm" and timm.is_model(name):
+        return _timm_backbone(name, weights, config)
+    known = f"{', '.join(TORCHVISION)}, or timm/<one of timm.list_models()>"
+    raise ConfigError(f"backbone: expected one of {known}, got {config.backbone!r}")
 
 
-BACKBONES: dict[str, Callable[[], Backbone]] = {
-    "resnet10": lambda: _compact_resnet(1),
-    "resnet18": lambda: _compact_resnet(2),
-}
+def _torchvision_backbone(name: str, weights: str, output_stride: int) -> Backbone:
+    model = models.get_model(name, replace_stride_with_dilation=[False, output_stride == 8, True])
+    members = models.get_model_weights(name).__members__
+    if weights in members:
+        model.load_state_dict(models.get_model_weights(name)[weights].get_state_dict(progress=True, check_hash=True))
+    elif weights != "none":
+        if not Path(weights).is_file():
+            raise ConfigError(f"weights: expected none, {', '.join(members)} or a file, got {weights!r}")
+        read_weights(Path(weights), model, needed=[key for key in model.state_dict() if not key.startswith("fc.")])
+    body = create_feature_extractor(model, {"layer1": "low", "layer4": "high"})
+    return Backbone(body, 256, 2048, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _timm_backbone(name: str, weights: str, config: Config) -> Backbone:
+    try:
+        body = timm.create_model(
+            name,
+            features_only=True,
+            feature_cls="getter",
+            output_stride=config.output_stride,
+            out_indices=config.timm_stages,
+            pretrained=weights == "timm",
+        )
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"backbone: {config.backbone} does not give stages {list(config.timm_stages)} at output stride "
+            f"{config.output_stride}: {str(error).splitlines()[0]}"
+        ) from None
+    if weights not in ("none", "timm"):
+        if not Path(weights).is_file():
+            raise ConfigError(f"weights: expected none, timm or a file, got {weights!r}")
+        classifier = timm.create_model(name)
+        read_weights(Path(weights), classifier, needed=list(body.model.state_dict()))
+        body.model.load_state_dict({key: classifier.state_dict()[key] for key in body.model.state_dict()})
+    low, high = body.feature_info.channels()
+    settings = timm.get_pretrained_cfg(name)
+    return Backbone(
+        TimmStages(body),
+        low,
+        high,
+        settings.mean if settings else IMAGENET_MEAN,
+        settings.std if settings else IMAGENET_STD,
+    )
+
+
+def read_weights(path: Path, model: nn.Module, needed: list[str]) -> None:
+    """Loads a file of classifier weights into `model`.
+
+    Files whose tensors have other names but the same shapes in the same order are taken too: some published weights
+    of one architecture differ in nothing else.
+
+    Args:
+        path: a state dict of `torch.save`, bare or under "state_dict" or "model", or a safetensors file.
+        model: the classifier that the backbone is cut from.
+        needed: keys that the file must have; the others, such as the classifier's last layer, may be missing.
+
+    Raises:
+        ConfigError: for a file that cannot be read, and for the first needed key that is missing or of another shape.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state: Mapping[str, Any] = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every reader has its own exceptions
+        raise ConfigError(f"weights: {path} cannot be read as weights: {str(error).splitlines()[0]}") from None
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, Mapping) else {}
+    found = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    expected = model.state_dict()
+    if not found.keys() & expected.keys() and [x.shape for x in found.values()] == [x.shape for x in expected.values()]:
+        found = dict(zip(expected, found.values(), strict=True))
+    for key in needed:
+        # Files older than torch 0.4.1 lack the counters of batch normalisation; nothing here reads them.
+        if key not in found and not key.endswith("num_batches_tracked"):
+            raise ConfigError(f"weights: {path} lacks {key}, which the backbone needs")
+        if key in found and found[key].shape != expected[key].shape:
+            shapes = f"{list(expected[key].shape)}, found {list(found[key].shape)}"
+            raise ConfigError(f"weights: {path}: {key}: expected shape {shapes}")
+    model.load_state_dict({key: value for key, value in found.items() if key in needed}, strict=False)
 
 
 class SegmentationNetwork(nn.Module):
     """Low-level features and ASPP fused into a classifier, with J beside them.
 
-    J reads block 4 and is used by similarities only, so the logits do not depend on it.
+    J reads the high-level features and is used by similarities only, so the logits do not depend on it.
+
+    Args:
+        config: the options of the group "network".
+        num_classes: C.
+        initialise: read the backbone's weights that `config` names; false where a checkpoint follows.
     """
 
-    def __init__(self, config: Config, num_classes: int) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: Config, num_classes: int, *, initialise: bool = True) -> None:
         super().__init__()
-        if config.backbone not in BACKBONES:
-            raise ConfigError(f"backbone: expected one of {', '.join(BACKBONES)}, got {config.backbone!r}")
-        backbone = BACKBONES[config.backbone]()
+        backbone = make_backbone(config, initialise=initialise)
         channels = config.decoder_channels
+        self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
         self.backbone = backbone.body
         self.low = Conv2dNormActivation(backbone.low_channels, config.low_channels, kernel_size=1)
         self.aspp = ASPP(backbone.high_channels, list(config.atrous_rates), channels)
-        self.fuse = Conv2dNormActivation(config.low_channels + channels, channels, kernel_size=3)
+        self.aspp.project[-1].p = config.dropout
+        self.fuse = nn.Sequential(
+            Conv2dNormActivation(config.low_channels + channels, channels, kernel_size=3),
+            *(Conv2dNormActivation(channels, channels, kernel_size=3) for _ in range(config.fuse_layers - 1)),
+        )
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         self.projection = nn.Sequential(
             Conv2dNormActivation(backbone.high_channels, channels, kernel_size=1),
             nn.Conv2d(channels, config.feature_channels, 1),
             nn.ReLU() if config.nonnegative else nn.Identity(),
         )
+        if config.batch_norm == "frozen":
+            freeze_batch_norm_2d(self)
+        if not config.trains_projection:
+            # DDP would wait for its gradient.
+            self.projection.requires_grad_(requires_grad=False)
 
     def forward(self, images: Tensor) -> Output:
-        """Logits and features of a batch (N, 3, H, W)."""
-        maps = self.backbone(images)
+        """Logits and features of a batch (N, 3, H, W) with values in [0, 1]."""
+        maps = self.backbone((images - self.mean) / self.std)
         low = self.low(maps["low"])
         context = F.interpolate(self.aspp(maps["high"]), low.shape[-2:], mode="bilinear", align_corners=True)
         logits = self.classifier(self.fuse(torch.cat([low, context], 1)))
@@ -97,6 +202,7 @@ class SegmentationNetwork(nn.Module):
 
     def parameter_groups(self, lr: float, head_multiplier: float) -> list[dict[str, object]]:
         """Optimiser groups: the backbone, and everything that never has pretrained weights."""
-        backbone = list(self.backbone.parameters())
-        head = [parameter for name, parameter in self.named_parameters() if not name.startswith("backbone.")]
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        backbone = [parameter for name, parameter in trained if name.startswith("backbone.")]
+        head = [parameter for name, parameter in trained if not name.startswith("backbone.")]
         return [{"params": backbone, "lr": lr}, {"params": head, "lr": lr * head_multiplier}]

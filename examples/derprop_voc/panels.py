@@ -3,14 +3,21 @@
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from torch import nn
+from torch.nn import functional as F
 
-from .data import VOID
+from dlprop import DerivativeLabelPropagation
+
+from .data import VOID, SegmentationDataset
+from .evaluate import predict
 from .files import write_bytes
 
 INK, PAPER, VOID_COLOUR = "#22262b", "#ffffff", (1.0, 1.0, 1.0)
@@ -23,6 +30,28 @@ def class_colours(count: int) -> np.ndarray:
     if count - 1 > len(table):
         table = colormaps["gist_ncar"](np.linspace(0.03, 0.97, count - 1))[:, :3]
     return np.vstack([[(0.17, 0.19, 0.23)], table])[:count]
+
+
+def prediction_rows(
+    network: nn.Module, propagate: DerivativeLabelPropagation, val: SegmentationDataset, count: int
+) -> list[dict[str, Any]]:
+    """Image, both predictions and truth for `count` validation images, spread evenly over the list."""
+    count = min(count, len(val))
+    rows = []
+    for index in (round((place + 0.5) * len(val) / count - 0.5) for place in range(count)):
+        sample = val[index]
+        size = sample["mask"].shape[-2:]
+        labels = predict(network, propagate, sample["image"], size)
+        shown = F.interpolate(sample["image"][None].float(), size, mode="bilinear", align_corners=True)[0]
+        rows.append(
+            {
+                "image": shown.round().byte().permute(1, 2, 0).numpy(),
+                "without propagation": labels["prediction"].to("cpu", torch.uint8).numpy(),
+                "with propagation": labels["propagated"].to("cpu", torch.uint8).numpy(),
+                "truth": sample["mask"].numpy(),
+            }
+        )
+    return rows
 
 
 def draw_panel(

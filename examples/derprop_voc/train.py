@@ -1,32 +1,37 @@
-"""One DerProp run, Eq. 1-8: data in, a checkpoint, a panel and a JSON of results out."""
+"""One DerProp run, Eq. 1-8: data in; checkpoints, a log, pictures and a JSON of results out."""
 
 import math
+import os
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchmetrics
 import torchvision
+from lightning_fabric import Fabric
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import dlprop
-from dlprop import MomentumAverager
 
 from .augment import Augment, cutmix, cutmix_boxes
-from .config import Config, ConfigError, make_config
+from .config import Config, ConfigError
 from .data import Data, SeededBatches, SegmentationDataset, collate, load_data
-from .evaluate import EVAL_MODE, evaluate, predict
-from .files import write_checkpoint, write_json, write_yaml
-from .losses import AdaptiveThreshold, Objective
-from .model import Output, SegmentationNetwork
-from .panels import draw_panel
+from .distributed import gathered, global_mean, highest, rank, share, total, world_size
+from .evaluate import evaluate
+from .files import CheckpointError, write_checkpoint, write_json, write_yaml
+from .log import Log, draw_curves
+from .losses import Objective
+from .model import Output
+from .panels import draw_panel, prediction_rows
+from .quality import PseudoLabelQuality
+from .state import State, check_resumable, make_state, read_checkpoint
 
 LOG_EVERY = 10
 Batch = dict[str, Any]
@@ -36,78 +41,133 @@ class DivergedError(RuntimeError):
     """The loss became NaN or infinite; the message names the step and the batch's images."""
 
 
-@dataclass
-class State:
-    """All that changes while training: what a checkpoint holds."""
+@dataclass(frozen=True)
+class Length:
+    """Steps of an epoch, one pass over the longer list, and of the whole run."""
 
-    network: SegmentationNetwork
-    averager: MomentumAverager | None
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    threshold: AdaptiveThreshold
-    step: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    def to_dict(self, config: Config, class_names: tuple[str, ...]) -> dict[str, Any]:
-        """Tensors and plain values only, for `torch.load(weights_only=True)`."""
-        return {
-            "step": self.step,
-            "network": self.network.state_dict(),
-            "averager": self.averager.state_dict() if self.averager else None,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "threshold": self.threshold.state_dict(),
-            "random": torch.get_rng_state(),
-            "history": self.history,
-            "config": config.to_dict(),
-            "class_names": list(class_names),
-        }
+    epoch: int
+    run: int
 
 
-def run(config: Config, *, progress: bool = True) -> dict[str, Any]:
-    """Trains, evaluates and writes `config.yaml`, `last.pt`, `panel.png` and `results.json` into `config.out`.
+def run(config: Config, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Trains, evaluates and writes the run folder `config.out`.
 
     torch's random state is put back afterwards; its number of threads is not. Progress bars show on terminals only.
+
+    Args:
+        config: the options.
+        resume: go on from `latest.pt` of the run folder; start at step 0 if there is none.
+        overwrite: start at step 0 in a folder that holds a run.
+        progress: show progress bars.
 
     Returns:
         The content of `results.json`.
     """
-    device = _device(config.device)
+    out = Path(config.out)
+    if (out / "latest.pt").exists() and not resume and not overwrite:
+        raise ConfigError(f"out: {out} holds a run already; go on with it (--resume) or choose another folder")
+    data = load_data(config)
+    fabric = make_fabric(config)
+    if overwrite:
+        for name in ("latest.pt", "best.pt"):
+            (out / name).unlink(missing_ok=True)
+    with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
+        return _run(fabric, config, data, resume=resume, progress=progress and fabric.is_global_zero)
+
+
+def make_fabric(config: Config) -> Fabric:
+    """One process, or DDP over the processes that torchrun started.
+
+    Raises:
+        ConfigError: where the accelerator is missing, or batches do not split evenly over the processes.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
-    data = load_data(config)
+    processes, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    cuda = torch.cuda.is_available()
+    if config.accelerator == "cuda" and not cuda:
+        raise ConfigError("accelerator: cuda cannot be used here: torch finds no CUDA device")
+    accelerator = "cuda" if cuda and config.accelerator != "cpu" else "cpu"
+    if accelerator == "cpu" and config.precision == "16-mixed":
+        raise ConfigError("precision: 16-mixed needs a CUDA device; use bf16-mixed")
+    for name in ("labeled_batch",) if config.variant == "supervised" else ("labeled_batch", "unlabeled_batch"):
+        images, rest = divmod(getattr(config, name), processes)
+        if rest:
+            raise ConfigError(
+                f"{name}: expected a multiple of the {processes} processes (it is the global batch), "
+                f"got {getattr(config, name)}"
+            )
+        if config.batch_norm == "train" and processes * images < 2:
+            raise ConfigError(
+                f"{name}: expected at least 2 images for batch statistics (or --batch-norm frozen), got 1"
+            )
+    mixes = config.variant != "supervised" and config.cutmix_probability > 0
+    if processes > 1 and mixes and config.unlabeled_batch // processes % 2:
+        raise ConfigError(
+            f"unlabeled_batch: expected an even number for each of the {processes} processes (CutMix mixes pairs), "
+            f"got {config.unlabeled_batch}"
+        )
+    if processes > 1 and accelerator == "cpu" and config.batch_norm == "train":
+        raise ConfigError("batch_norm: SyncBatchNorm has no CPU form; use --batch-norm frozen, or one process")
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=local,
+        num_nodes=processes // local,
+        strategy="ddp" if processes > 1 else "auto",
+        precision=config.precision,
+    )
+    fabric.launch()
+    return fabric
+
+
+def _run(fabric: Fabric, config: Config, data: Data, *, resume: bool, progress: bool) -> dict[str, Any]:
     out = Path(config.out)
-    write_yaml(out / "config.yaml", config.to_dict())
-    objective = Objective(config).to(device)
+    steps_per_epoch = max(
+        math.ceil(len(data.labeled) / config.labeled_batch), math.ceil(len(data.unlabeled) / config.unlabeled_batch)
+    )
+    length = Length(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
+    latest = out / "latest.pt"
+    checkpoint = read_checkpoint(latest) if resume and latest.exists() else None
+    if checkpoint:
+        check_resumable(latest, checkpoint, config, data.class_names)
 
+    torch.manual_seed(config.seed)
+    state = make_state(config, len(data.class_names), fabric.device, length.run, initialise=checkpoint is None)
+    if checkpoint:
+        _restore(fabric, state, checkpoint, latest)
+    elif rank():
+        torch.manual_seed(config.seed + 1_000_003 * rank())  # dropout differs between processes
+    if fabric.is_global_zero:
+        write_yaml(out / "config.yaml", config.to_dict())
+        images = {"labeled": config.labeled_batch, "unlabeled": config.unlabeled_batch if data.unlabeled else 0}
+        each = ", ".join(f"{count} {name} ({count // world_size()} a process)" for name, count in images.items())
+        print(
+            f"{config.variant}: step {state.step} of {length.run}, {length.epoch} an epoch; "
+            f"global batch {each}; {world_size()} process(es) on {fabric.device.type}",
+            flush=True,
+        )
+
+    trainer = Trainer(fabric, config, data, state, length, progress=progress)
     start = time.perf_counter()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        state = make_state(config, len(data.class_names), device)
-        fit(state, objective, data, config, progress=progress)
-    trained_seconds = time.perf_counter() - start
-
+    trainer.fit()
+    trained = time.perf_counter() - start
     start = time.perf_counter()
-    networks: dict[str, nn.Module] = {"trained": state.network}
-    if state.averager:
-        networks["averaged"] = state.averager.module
-    val = SegmentationDataset(data.val, labeled=True, size=config.image_size, stored_mask=True)
-    last = evaluate(networks, objective.propagate, val, data.class_names, progress=progress)
-    seconds = {"train": round(trained_seconds, 2), "evaluate": round(time.perf_counter() - start, 2)}
-
-    tested = list(networks)[-1]
-    _write_panel(out / "panel.png", config, networks[tested], objective, val, data, last[tested])
+    last = trainer.evaluate()
+    seconds = {"train": round(trained, 2), "evaluate": round(time.perf_counter() - start, 2)}
     results = {
         "variant": config.variant,
         "seed": config.seed,
-        "evaluation": {"mode": EVAL_MODE, "images": len(val)},
+        "evaluation": {"mode": config.evaluation, "images": len(data.val)},
         "images": {"labeled": len(data.labeled), "unlabeled": len(data.unlabeled)},
         "classes": list(data.class_names),
+        "steps": {"run": state.step, "epoch": length.epoch},
         "last": {"trained": last["trained"], "averaged": last.get("averaged")},
+        "best": state.best,
         "history": state.history,
         "seconds": seconds,
         "parameters": sum(parameter.numel() for parameter in state.network.parameters()),
-        "device": str(device),
+        "device": str(fabric.device),
+        "processes": world_size(),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
@@ -118,190 +178,249 @@ def run(config: Config, *, progress: bool = True) -> dict[str, Any]:
         },
         "config": config.to_dict(),
     }
-    write_json(out / "results.json", results)
+    if fabric.is_global_zero:
+        draw_curves(out / "curves.png", state.history)
+        trainer.draw_panel(out / "panel.png", last)
+        write_json(out / "results.json", results)
+    fabric.barrier()
     return results
 
 
-def make_state(config: Config, num_classes: int, device: torch.device) -> State:
-    """Network, momentum network, optimiser, schedule and threshold, at step 0."""
-    network = SegmentationNetwork(config, num_classes).to(device)
-    optimizer = torch.optim.SGD(
-        network.parameter_groups(config.lr, config.head_lr_multiplier),
-        lr=config.lr,
-        momentum=config.sgd_momentum,
-        weight_decay=config.weight_decay,
-    )
-    return State(
-        network=network,
-        averager=MomentumAverager(network, config.average_momentum) if config.averages else None,
-        optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=config.steps, power=config.lr_power),
-        threshold=AdaptiveThreshold(
-            config.threshold, config.threshold_momentum if config.confidence == "adaptive" else 1.0
-        ).to(device),
-    )
-
-
-def load_network(path: Path) -> tuple[nn.Module, list[str]]:
-    """The network that a checkpoint's run is tested with, on the CPU in evaluation mode, and the class names.
-
-    That is the momentum network where the run kept one.
-    """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    config = make_config(checkpoint["config"])
-    network = SegmentationNetwork(config, len(checkpoint["class_names"]))
-    network.load_state_dict(checkpoint["network"])
-    if checkpoint["averager"] is None:
-        return network.eval(), checkpoint["class_names"]
-    averager = MomentumAverager(network, config.average_momentum)
-    averager.load_state_dict(checkpoint["averager"])
-    return averager.module.eval(), checkpoint["class_names"]
-
-
-def fit(state: State, objective: Objective, data: Data, config: Config, *, progress: bool = True) -> None:
-    """Trains from `state.step` to `config.steps`; an epoch is one pass over the longer list.
-
-    Raises:
-        DivergedError: when the loss is not finite; the last epoch's checkpoint stays.
-    """
-    device = state.threshold.value.device
-    steps_per_epoch = max(
-        math.ceil(len(data.labeled) / config.labeled_batch), math.ceil(len(data.unlabeled) / config.unlabeled_batch)
-    )
-    labeled = _batches(data.labeled, config, state.step, labeled=True)
-    unlabeled = _batches(data.unlabeled, config, state.step, labeled=False) if data.unlabeled else None
-    state.network.train()
-    with tqdm(total=config.steps, initial=state.step, desc=config.variant, disable=None if progress else True) as bar:
-        while state.step < config.steps:
-            batch_l = _to(next(labeled), device)
-            batch_u = _to(next(unlabeled), device) if unlabeled else None
-            terms, facts = _terms(state, objective, batch_l, batch_u, config)
-            loss = objective.total(terms, progress=state.step / config.steps)
-            value = loss.item()
-            if not math.isfinite(value):
-                names = ", ".join(batch_l["name"] + (batch_u["name"] if batch_u else []))
-                raise DivergedError(f"loss is {value} at step {state.step}, on images {names}; try a lower lr")
-            state.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            state.optimizer.step()
-            state.schedule.step()
-            state.step += 1
-
-            epoch_ends = state.step % steps_per_epoch == 0 or state.step == config.steps
-            if state.averager and (epoch_ends or config.average_every == "step"):
-                state.averager.update(state.network)
-            if state.step % LOG_EVERY == 0 or state.step == config.steps:
-                numbers = {"loss": value} | {name: term.item() for name, term in (terms | facts).items()}
-                state.history.append({"step": state.step} | numbers)
-                bar.set_postfix({"loss": f"{value:.3f}"} | {k: f"{v.item():.2f}" for k, v in facts.items()})
-            bar.update()
-            if epoch_ends:
-                write_checkpoint(Path(config.out) / "last.pt", state.to_dict(config, data.class_names))
-
-
-def _terms(
-    state: State, objective: Objective, batch_l: Batch, batch_u: Batch | None, config: Config
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Terms of Eq. 7 for one step, and facts for the log."""
-    network = state.network
-    if batch_u is None:
-        return objective.labeled(network(batch_l["image"]), batch_l["mask"], batch_l["valid"]), {}
-
-    # Pseudo-labels come from the back-propagated network, with the batch's own statistics: from scratch the running
-    # ones lag behind.
-    with torch.no_grad():
-        weak: Output = network(batch_u["weak"])
-    valid = batch_u["valid"]
-    pseudo = objective.pseudo_labels(weak, valid, ramp=state.step / max(1, config.steps - 1))
-    state.threshold.update(pseudo, valid)
-    confident = pseudo.amax(1) >= state.threshold.value
-
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
-    grid = [edge // 8 for edge in valid.shape[-2:]]
-    boxes = cutmix_boxes(len(valid), grid, probability=config.cutmix_probability, generator=generator).to(valid.device)
-    strong, pseudo, weak_feats = (cutmix(x, boxes) for x in (batch_u["strong"], pseudo, weak.feats))
-    confident, valid = (cutmix(x[:, None], boxes)[:, 0] for x in (confident, valid))
-
-    # One pass, so that batch statistics see both halves.
-    both: Output = network(torch.cat([batch_l["image"], strong]))
-    count = len(batch_l["image"])
-    half_l, half_u = (Output(both.logits[part], both.feats[part]) for part in (slice(count), slice(count, None)))
-    terms = objective.labeled(half_l, batch_l["mask"], batch_l["valid"])
-    terms |= objective.unlabeled(half_u, pseudo, confident, weak_feats, valid)
-    kept = (confident & valid).sum() / valid.sum().clamp(min=1)
-    return terms, {"threshold": state.threshold.value.clone(), "kept": kept}
-
-
-def _batches(items: list[Any], config: Config, start: int, *, labeled: bool) -> Iterator[Batch]:
-    """Augmented batches from step `start` on; each depends on the seed and its step only."""
-    dataset = SegmentationDataset(
-        items,
-        labeled=labeled,
-        size=config.image_size,
-        transform=Augment(config, strong=not labeled),
-        cache=config.cache_images,
-    )
-    batches = SeededBatches(
-        len(items),
-        batch_size=config.labeled_batch if labeled else config.unlabeled_batch,
-        steps=config.steps,
-        seed=2 * config.seed + labeled,
-        start=start,
-    )
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=config.workers, collate_fn=collate)
-    return iter(loader)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _restore(fabric: Fabric, state: State, checkpoint: dict[str, Any], path: Path) -> None:
+    state.restore(path, checkpoint)
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
+        fabric.strategy.precision.load_state_dict(checkpoint["precision"])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: precision: does not fit: {' '.join(str(error).split())}") from None
+    if len(checkpoint["random"]) != world_size():
+        if fabric.is_global_zero:
+            print(
+                f"note: {path} was made by {len(checkpoint['random'])} processes and goes on with {world_size()}: "
+                "the run stays valid but is not the one an uninterrupted training would have been",
+                flush=True,
+            )
+        torch.manual_seed(state.step + 1_000_003 * rank())
+        return
+    random = checkpoint["random"][rank()]
+    try:
+        torch.set_rng_state(random["cpu"])
+        if random["cuda"] is not None and fabric.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: random: does not fit: {' '.join(str(error).split())}") from None
 
 
-def _write_panel(
-    path: Path,
-    config: Config,
-    network: nn.Module,
-    objective: Objective,
-    val: SegmentationDataset,
-    data: Data,
-    scores: dict[str, Any],
-) -> None:
-    rows = panel_rows(network, objective, val, config.panel_images)
-    notes = {
-        "without propagation": f"P, mIoU {100 * scores['prediction']['miou']:.1f}",
-        "with propagation": f"P~, mIoU {100 * scores['propagated']['miou']:.1f}",
-    }
-    form = config.affinity if config.affinity == "softmax" else f"linear, {config.scale}"
-    detached = ", logits detached" if config.detach_logits and config.propagates else ""
-    title = f"{config.variant} (affinity: {form}{detached}), seed {config.seed}"
-    draw_panel(path, rows, data.class_names, title=title, notes=notes)
+class Trainer:
+    """The loop around Eq. 1-8: `fit` goes on from wherever the state stands."""
 
-
-def panel_rows(network: nn.Module, objective: Objective, val: SegmentationDataset, count: int) -> list[dict[str, Any]]:
-    """Image, both predictions and truth for `count` validation images, spread evenly over the list."""
-    count = min(count, len(val))
-    rows = []
-    for index in (round((place + 0.5) * len(val) / count - 0.5) for place in range(count)):
-        sample = val[index]
-        size = sample["mask"].shape[-2:]
-        labels = predict(network, objective.propagate, sample["image"], size)
-        shown = F.interpolate(sample["image"][None].float(), size, mode="bilinear", align_corners=True)[0]
-        rows.append(
-            {
-                "image": shown.round().byte().permute(1, 2, 0).numpy(),
-                "without propagation": labels["prediction"].byte().cpu().numpy(),
-                "with propagation": labels["propagated"].byte().cpu().numpy(),
-                "truth": sample["mask"].numpy(),
-            }
+    def __init__(
+        self, fabric: Fabric, config: Config, data: Data, state: State, length: Length, *, progress: bool
+    ) -> None:
+        self.fabric, self.config, self.data, self.state, self.length = fabric, config, data, state, length
+        self.progress = progress
+        self.out = Path(config.out)
+        self.objective = Objective(config).to(fabric.device)
+        if world_size() > 1 and config.batch_norm == "train":
+            # timm's, because torch's would drop the activations that timm's layers hold.
+            state.network = convert_sync_batchnorm(state.network)
+        self.network, self.optimizer = fabric.setup(state.network, state.optimizer)
+        self.val = SegmentationDataset(data.val, labeled=True, size=config.image_size, stored_mask=True)
+        self.log = Log(self.out, state.history, tensorboard=config.tensorboard, enabled=fabric.is_global_zero)
+        self.quality = (
+            PseudoLabelQuality(self.objective.propagate, len(data.class_names), fabric.device)
+            if config.measure_pseudo_labels
+            else None
         )
-    return rows
+
+    def fit(self) -> None:
+        """Trains to the end of the run.
+
+        Raises:
+            DivergedError: when the loss is not finite; the last epoch's checkpoint stays.
+        """
+        config, state, length = self.config, self.state, self.length
+        labeled = self._batches(self.data.labeled, labeled=True)
+        unlabeled = self._batches(self.data.unlabeled, labeled=False) if self.data.unlabeled else None
+        state.network.train()
+        with tqdm(
+            total=length.run, initial=state.step, desc=config.variant, disable=None if self.progress else True
+        ) as bar:
+            while state.step < length.run:
+                batch_l, batch_u = self._to(next(labeled)), self._to(next(unlabeled)) if unlabeled else None
+                terms, facts = self._terms(batch_l, batch_u)
+                loss = self.objective.total(terms, progress=state.step / length.run)
+                self._check_finite(loss, batch_l, batch_u)
+                self.optimizer.zero_grad(set_to_none=True)
+                self.fabric.backward(loss)
+                self.optimizer.step()
+                state.schedule.step()
+                state.step += 1
+                epoch_ends = state.step % length.epoch == 0 or state.step == length.run
+                if state.averager and (epoch_ends or config.average_every == "step"):
+                    state.averager.update(state.network)
+                if state.step % LOG_EVERY == 0 or epoch_ends:
+                    numbers = {name: total(term).item() / world_size() for name, term in (terms | facts).items()}
+                    numbers |= {"loss": total(loss).item() / world_size(), "lr": state.schedule.get_last_lr()[0]}
+                    self.log.add(state.step, self._epoch(), "train", numbers)
+                    bar.set_postfix({"loss": f"{numbers['loss']:.3f}"} | {k: f"{numbers[k]:.2f}" for k in facts})
+                bar.update()
+                if epoch_ends:
+                    self._end_epoch()
+        self.log.close()
+
+    def evaluate(self) -> dict[str, dict[str, Any]]:
+        """Scores of the networks as they stand."""
+        networks: dict[str, nn.Module] = {"trained": self.state.network}
+        if self.state.averager:
+            networks["averaged"] = self.state.averager.module
+        scores = evaluate(
+            networks,
+            self.objective.propagate,
+            self.val,
+            self.data.class_names,
+            mode=self.config.evaluation,
+            window=self.config.crop_size,
+            progress=self.progress,
+        )
+        self.state.network.train()
+        return scores
+
+    def draw_panel(self, path: Path, scores: dict[str, dict[str, Any]] | None = None) -> None:
+        """Writes validation images with what the tested network makes of them, and its scores if given."""
+        network = self.state.averager.module if self.state.averager else self.state.network.eval()
+        tested = list(scores.values())[-1] if scores else {}
+        notes = {
+            "without propagation": f"P, mIoU {100 * tested['prediction']['miou']:.1f}" if tested else "P",
+            "with propagation": f"P~, mIoU {100 * tested['propagated']['miou']:.1f}" if tested else "P~",
+        }
+        config = self.config
+        form = config.affinity if config.affinity == "softmax" else f"linear, {config.scale}"
+        detached = ", logits detached" if config.detach_logits and config.propagates else ""
+        title = f"{config.variant} (affinity: {form}{detached}), seed {config.seed}, step {self.state.step}"
+        rows = prediction_rows(network, self.objective.propagate, self.val, config.panel_images)
+        draw_panel(path, rows, self.data.class_names, title=title, notes=notes)
+        self.state.network.train()
+
+    def _end_epoch(self) -> None:
+        """Log, validation and checkpoints; nothing here draws random numbers."""
+        config, state, epoch = self.config, self.state, self._epoch()
+        if self.quality:
+            self.log.add(state.step, epoch, "pseudo", self.quality.compute())
+        is_best = False
+        if config.evaluate_every and (epoch % config.evaluate_every == 0 or state.step == self.length.run):
+            scores = self.evaluate()
+            numbers = {
+                f"{network}_{name}": values["miou"] for network, both in scores.items() for name, values in both.items()
+            }
+            self.log.add(state.step, epoch, "val", numbers)
+            miou = list(scores.values())[-1]["prediction"]["miou"]
+            is_best = state.best is None or miou > state.best["miou"]
+            if is_best:
+                state.best = {"step": state.step, "epoch": epoch, "miou": miou, "scores": scores}
+        if config.panel_every and epoch % config.panel_every == 0 and self.fabric.is_global_zero:
+            self.draw_panel(self.out / "panels" / f"epoch_{epoch:04d}.png")
+        precision = self.fabric.strategy.precision.state_dict()
+        values = state.to_dict(config, self.data.class_names, epoch=epoch, precision=precision)
+        if self.fabric.is_global_zero:
+            if is_best:
+                write_checkpoint(self.out / "best.pt", values)
+            write_checkpoint(self.out / "latest.pt", values)
+
+    def _terms(self, batch_l: Batch, batch_u: Batch | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Terms of Eq. 7 for one step, and facts for the log."""
+        config, state, objective = self.config, self.state, self.objective
+        if batch_u is None:
+            output = self.network(batch_l["image"])
+            if self.quality:
+                self.quality.labeled(output, batch_l["mask"], batch_l["valid"])
+            return objective.labeled(output, batch_l["mask"], batch_l["valid"]), {}
+
+        # Pseudo-labels come from the back-propagated network.
+        state.network.train(config.weak_mode == "train")
+        with torch.no_grad():
+            weak: Output = self.network(batch_u["weak"])
+        state.network.train()
+        valid = batch_u["valid"]
+        pseudo = objective.pseudo_labels(weak, valid, ramp=state.step / max(1, self.length.run - 1))
+        state.threshold.update(pseudo, valid)
+        confident = pseudo.amax(1) >= state.threshold.value
+        if self.quality and "mask" in batch_u:
+            self.quality.unlabeled(weak, pseudo, confident, batch_u["mask"], valid)
+
+        boxes = self._boxes().to(valid.device)
+        strong, pseudo, weak_feats = (cutmix(x, boxes) for x in (batch_u["strong"], pseudo, weak.feats))
+        confident, valid = (cutmix(x[:, None], boxes)[:, 0] for x in (confident, valid))
+
+        # One pass, so that batch statistics see both halves.
+        both: Output = self.network(torch.cat([batch_l["image"], strong]))
+        count = len(batch_l["image"])
+        half_l, half_u = (Output(both.logits[part], both.feats[part]) for part in (slice(count), slice(count, None)))
+        if self.quality:
+            self.quality.labeled(half_l, batch_l["mask"], batch_l["valid"])
+        terms = objective.labeled(half_l, batch_l["mask"], batch_l["valid"])
+        terms |= objective.unlabeled(half_u, pseudo, confident, weak_feats, valid)
+        kept = global_mean((confident & valid).sum(), valid.sum())
+        return terms, {"threshold": state.threshold.value.clone(), "kept": kept}
+
+    def _boxes(self) -> Tensor:
+        """This process's part of the global batch's CutMix boxes, which depend on seed and step only."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.state.step)
+        boxes = cutmix_boxes(
+            self.config.unlabeled_batch,
+            (self.config.crop_grid, self.config.crop_grid),
+            probability=self.config.cutmix_probability,
+            generator=generator,
+        )
+        return boxes[share(self.config.unlabeled_batch)]
+
+    def _check_finite(self, loss: Tensor, batch_l: Batch, batch_u: Batch | None) -> None:
+        """Stops every process when one process's loss is not finite, before it reaches the weights."""
+        if highest((~loss.isfinite()).float()).item() == 0:
+            return
+        names = ", ".join(batch_l["name"] + (batch_u["name"] if batch_u else []))
+        bad = [(value, of) for value, of in gathered((loss.item(), names)) if not math.isfinite(value)]
+        raise DivergedError(
+            f"loss is {bad[0][0]} at step {self.state.step}, on images {'; '.join(of for _, of in bad)}; "
+            "try a lower lr, or --precision 32-true"
+        )
+
+    def _epoch(self) -> int:
+        return math.ceil(self.state.step / self.length.epoch)
+
+    def _batches(self, items: list[Any], *, labeled: bool) -> Iterator[Batch]:
+        """Augmented batches from the state's step on; each depends on the seed and its step only."""
+        config = self.config
+        dataset = SegmentationDataset(
+            items,
+            labeled=labeled or (config.measure_pseudo_labels and all(item.mask.is_file() for item in items)),
+            size=config.image_size,
+            transform=Augment(config, strong=not labeled),
+            cache=config.cache_images,
+        )
+        batch_size = config.labeled_batch if labeled else config.unlabeled_batch
+        batches = SeededBatches(
+            len(items),
+            batch_size=batch_size,
+            steps=self.length.run,
+            seed=2 * config.seed + labeled,
+            start=self.state.step,
+            part=share(batch_size),
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=config.workers,
+            collate_fn=collate,
+            # Starting a loader draws a seed: from torch's own generator it would shift a resumed run's random numbers.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+    def _to(self, batch: Batch) -> Batch:
+        return {key: self._place(value) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _place(self, value: Tensor) -> Tensor:
+        channels_last = self.config.channels_last and value.ndim == 4
+        return value.to(
+            self.fabric.device, memory_format=torch.channels_last if channels_last else torch.preserve_format
+        )

@@ -1,0 +1,209 @@
+"""`ablate`: a grid of variants and seeds, one process a run, and the table of their means and standard deviations."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import Config, ConfigError, add_config_arguments, make_config, read_yaml, values_from_arguments
+from .files import write_bytes, write_json, write_yaml
+from .state import FREE_OPTIONS
+
+# What the table shows of every run: network, output, title.
+COLUMNS = (
+    ("trained", "prediction", "P"),
+    ("trained", "propagated", "P~"),
+    ("averaged", "prediction", "P, momentum"),
+    ("averaged", "propagated", "P~, momentum"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One variant with one seed."""
+
+    variant: str
+    config: Config
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.out)
+
+
+def add_ablate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `ablate`."""
+    group = parser.add_argument_group("grid")
+    group.add_argument("--grid", type=Path, required=True, metavar="YAML", help="lines `name: {option: value, ...}`")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every variant (%(default)s)")
+    group.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants of the grid to run; empty: all")
+    group.add_argument("--jobs", type=int, default=1, help="runs at the same time; give each --threads (%(default)s)")
+    group.add_argument("--dry-run", action="store_true", help="print the runs and what is there of them, run nothing")
+    add_config_arguments(parser)
+
+
+def ablate(arguments: argparse.Namespace) -> None:
+    """Runs what is missing of a grid and writes `table.md` and `table.json` into the output folder.
+
+    Stopped at any moment, the same command goes on: finished runs are kept, an unfinished one resumes.
+
+    Raises:
+        ConfigError: for an unknown variant or option, and for runs that failed (after all others were done).
+    """
+    base = values_from_arguments(arguments)
+    out = Path(base.pop("out", "runs/ablation"))
+    jobs = make_jobs(base, read_grid(arguments.grid), arguments.seeds, out, only=arguments.only)
+    missing = [job for job in jobs if not is_done(job)]
+    if arguments.jobs < 1:
+        raise ConfigError(f"jobs: expected at least 1, got {arguments.jobs}")
+    print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done", flush=True)
+    if arguments.dry_run:
+        for job in jobs:
+            print(f"{'missing' if job in missing else 'done':8} {job.out}")
+        return
+    failed = run_all(missing, arguments.jobs)
+    done = [job for job in jobs if is_done(job)]
+    if done:
+        rows = summarise(done)
+        write_json(out / "table.json", {"rows": rows})
+        write_bytes(out / "table.md", (markdown(rows) + "\n").encode())
+        print(f"\n{markdown(rows)}\n\nWrote {out}/table.md and {out}/table.json.")
+    if failed:
+        raise ConfigError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}")
+
+
+def read_grid(path: Path) -> dict[str, dict[str, Any]]:
+    """Variants of a grid file by name, in its order."""
+    grid = read_yaml(path)
+    for name, options in grid.items():
+        if not isinstance(options, dict) or "/" in str(name) or not str(name).strip("."):
+            raise ConfigError(f"{path}: {name}: expected `name: {{option: value, ...}}`, found {options!r}")
+        for reserved in ("out", "seed"):
+            if reserved in options:
+                raise ConfigError(f"{path}: {name}: {reserved} is set by ablate itself")
+    if not grid:
+        raise ConfigError(f"{path}: expected at least one variant, found none")
+    return {str(name): options for name, options in grid.items()}
+
+
+def make_jobs(
+    base: Mapping[str, Any],
+    grid: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    only: Sequence[str] = (),
+) -> list[Job]:
+    """Every variant with every seed; all options are checked before anything runs."""
+    for name in only:
+        if name not in grid:
+            raise ConfigError(f"only: expected names of the grid ({', '.join(grid)}), got {name!r}")
+    return [
+        Job(name, make_config({**base, **options, "seed": seed, "out": str(out / name / f"seed_{seed}")}))
+        for name, options in grid.items()
+        if not only or name in only
+        for seed in dict.fromkeys(seeds)
+    ]
+
+
+def is_done(job: Job) -> bool:
+    """Whether the job's folder holds its results.
+
+    Raises:
+        ConfigError: when they are there, but of other options.
+    """
+    path = job.out / "results.json"
+    if not path.is_file():
+        return False
+    found, expected = json.loads(path.read_text(encoding="utf-8"))["config"], job.config.to_dict()
+    for name, value in expected.items():
+        if name not in FREE_OPTIONS and found.get(name) != value:
+            raise ConfigError(f"{path}: {name} is {found.get(name)!r} there, {value!r} here; choose another --out")
+    return True
+
+
+def command(job: Job) -> list[str]:
+    """What runs a job, or goes on with it."""
+    return [sys.executable, "-m", __package__, "train", "--config", str(job.out / "job.yaml"), "--resume"]
+
+
+def run_all(jobs: Sequence[Job], count: int) -> list[str]:
+    """Runs jobs in processes of their own, `count` at a time; gives a line for each that failed.
+
+    An interruption ends the processes that run; their checkpoints stay.
+    """
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(job: Job) -> int:
+        job.out.mkdir(parents=True, exist_ok=True)
+        write_yaml(job.out / "job.yaml", job.config.to_dict())
+        with (job.out / "output.txt").open("ab") as output:
+            process = subprocess.Popen(command(job), stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+            running.append(process)
+            return process.wait()
+
+    failed = []
+    with ThreadPoolExecutor(count) as pool:
+        futures = {pool.submit(start, job): job for job in jobs}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                job, code = futures[future], future.result()
+                print(f"{done} of {len(jobs)}: {job.out}{f' FAILED, exit code {code}' if code else ''}", flush=True)
+                if code:
+                    failed.append(f"{job.out}/output.txt (exit code {code}): {_last_line(job.out / 'output.txt')}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
+    return failed
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+def summarise(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """One row a variant: options, seeds, the values of every column, their mean and sample standard deviation."""
+    rows: dict[str, dict[str, Any]] = {}
+    for job in jobs:
+        results = json.loads((job.out / "results.json").read_text(encoding="utf-8"))
+        row = rows.setdefault(
+            job.variant, {"variant": job.variant, "mode": results["evaluation"]["mode"], "seeds": [], "columns": {}}
+        )
+        row["seeds"].append(results["seed"])
+        for network, output, title in COLUMNS:
+            scores = results["last"][network]
+            if scores:
+                row["columns"].setdefault(title, {"values": []})["values"].append(scores[output]["miou"])
+        row.setdefault("seconds", []).append(results["seconds"]["train"])
+    for row in rows.values():
+        for column in row["columns"].values():
+            values = column["values"]
+            column["mean"] = statistics.mean(values)
+            column["std"] = statistics.stdev(values) if len(values) > 1 else None
+    return list(rows.values())
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table, mIoU in percent."""
+    titles = [title for _, _, title in COLUMNS]
+    lines = [f"| variant | seeds | {' | '.join(titles)} |", f"|---|---|{'---|' * len(titles)}"]
+    for row in rows:
+        cells = [_cell(row["columns"].get(title)) for title in titles]
+        lines.append(f"| {row['variant']} | {len(row['seeds'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(column: Mapping[str, Any] | None) -> str:
+    if column is None:
+        return "-"
+    spread = "" if column["std"] is None else f" ± {100 * column['std']:.1f}"
+    return f"{100 * column['mean']:.1f}{spread}"

@@ -1,0 +1,113 @@
+"""What the commands on finished runs share: which checkpoints, which of their networks, and on what machine."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import nn
+
+from .config import Config, ConfigError, hints
+from .files import CheckpointError
+from .state import load_networks, read_checkpoint
+
+NETWORKS = ("tested", "trained", "averaged")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A checkpoint with its networks, in evaluation mode; the last one is the network that the run is tested with."""
+
+    name: str
+    path: Path
+    step: int
+    epoch: int
+    networks: dict[str, nn.Module]
+    config: Config
+    class_names: tuple[str, ...]
+
+    def network(self, name: str) -> nn.Module:
+        """One of `NETWORKS`.
+
+        Raises:
+            ConfigError: for "averaged" where the run keeps no momentum network.
+        """
+        if name == "tested":
+            return list(self.networks.values())[-1]
+        if name not in self.networks:
+            raise ConfigError(f"network: {self.path} holds no {name} network, only {', '.join(self.networks)}")
+        return self.networks[name]
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, *, several: bool) -> None:
+    """Flags that choose checkpoints: a run folder or files."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    taken = "latest.pt and, if there is one, best.pt" if several else "latest.pt"
+    source.add_argument("--run", type=Path, metavar="FOLDER", help=f"run folder; takes its {taken}")
+    source.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", nargs="+" if several else 1, help="checkpoints" if several else None
+    )
+
+
+def add_network_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag that chooses one network of a checkpoint."""
+    parser.add_argument(
+        "--network", choices=NETWORKS, default="tested", help="tested: averaged where there is one (%(default)s)"
+    )
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for device and threads, as in training."""
+    choices = get_args(hints()["accelerator"])
+    parser.add_argument("--accelerator", choices=choices, default="auto", help="what to compute on (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+
+
+def checkpoint_files(arguments: argparse.Namespace, *, best: bool) -> list[Path]:
+    """The files that the flags of `add_source_arguments` name; of a run folder, `best` adds best.pt."""
+    if arguments.run is None:
+        return list(arguments.checkpoint)
+    run: Path = arguments.run
+    if not (run / "latest.pt").is_file():
+        raise CheckpointError(f"{run}: expected a run folder with latest.pt, found none")
+    return [run / "latest.pt", *([run / "best.pt"] if best and (run / "best.pt").is_file() else [])]
+
+
+def load_finished(paths: Sequence[Path], device: torch.device) -> list[Finished]:
+    """Checkpoints on `device`, named after their files, or by their paths where two files have one name."""
+    stems = [path.stem for path in paths]
+    named = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+    finished = []
+    for name, path in zip(named, paths, strict=True):
+        checkpoint = read_checkpoint(path)
+        progress = {key: checkpoint[key] for key in ("step", "epoch")}
+        networks, config, class_names = load_networks(path)
+        # The same arithmetic as while training, to the last bit.
+        layout = torch.channels_last if config.channels_last else torch.preserve_format
+        networks = {key: network.to(device, memory_format=layout) for key, network in networks.items()}
+        finished.append(Finished(name, path, **progress, networks=networks, config=config, class_names=class_names))
+    return finished
+
+
+def make_device(accelerator: str, threads: int) -> torch.device:
+    """The device, with torch's number of threads set if `threads` is not 0.
+
+    Raises:
+        ConfigError: for CUDA where there is none, and for a negative number of threads.
+    """
+    if threads < 0:
+        raise ConfigError(f"threads: expected at least 0, got {threads}")
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("accelerator: cuda cannot be used here: torch finds no CUDA device")
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def checked_window(window: int) -> int:
+    """`window`, at least 2: smaller ones cannot overlap."""
+    if window < 2:
+        raise ConfigError(f"window: expected at least 2 pixels, got {window}")
+    return window

@@ -1,0 +1,130 @@
+"""`split`: a seeded partition of the training images into labelled, unlabelled and, for tuning, held-out ones."""
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import get_args
+
+from .config import ConfigError, hints, make_config
+from .data import VOID, DataError, Item, check_mask
+from .files import write_bytes
+from .sources import Source, find_source, read_lines
+
+LISTS = ("labeled.txt", "unlabeled.txt", "val.txt")
+Lines = dict[Path, tuple[Item, str]]  # image -> its item and the text of its line
+
+
+def add_split_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `split`."""
+    boolean = argparse.BooleanOptionalAction
+    parser.add_argument("--dataset", choices=get_args(hints()["dataset"]), default="folder", help="as in train")
+    parser.add_argument("--data", default="", help="folder of the data set, as in train")
+    parser.add_argument("--download", action=boolean, default=False, help="fetch what is missing, as in train")
+    parser.add_argument("--sbd", action=boolean, default=False, help="split the 10,582 images of VOC and SBD")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--labeled", type=int, metavar="N", help="number of labelled images to draw")
+    start.add_argument(
+        "--from", dest="start", metavar="FOLDER", help="keep this partition's labels; hold out of its unlabelled images"
+    )
+    parser.add_argument("--val", type=int, default=0, metavar="K", help="images to hold out in val.txt; 0: no val.txt")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another partition (default: %(default)s)")
+    parser.add_argument(
+        "--list", default="", help="list to draw from (default: train.txt; train_aug.txt with --sbd; Cityscapes' train)"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="a name: under ImageSets/Segmentation, as --partition; or a path"
+    )
+
+
+def split_command(arguments: argparse.Namespace) -> None:
+    """Writes the lists of a new partition and prints their lengths and checksum."""
+    for name, low in (("labeled", 1), ("val", 1 if arguments.start else 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < low:
+            raise ConfigError(f"{name}: expected at least {low}, got {value}")
+    options = {name: getattr(arguments, name) for name in ("dataset", "data", "download", "sbd")}
+    source = find_source(make_config(options))
+    if arguments.start:
+        folder = source.partition(arguments.start)
+        lists = hold_out(folder, source, val=arguments.val, seed=arguments.seed)
+    else:
+        named = (source.lists / arguments.list, Path(arguments.list))
+        pool = next((path for path in named if path.is_file()), named[0]) if arguments.list else source.train
+        lists = draw(pool, source, labeled=arguments.labeled, val=arguments.val, seed=arguments.seed)
+    for name in ("labeled.txt", "val.txt"):
+        for item, _ in lists.get(name, {}).values():
+            check_mask(item, len(source.class_names) or VOID, source.missing_mask)
+
+    out = Path(arguments.out)
+    out = source.lists / out if len(out.parts) == 1 else out
+    texts = {name: "".join(f"{line}\n" for line in sorted(line for _, line in lists[name].values())) for name in lists}
+    _check_unused(out, texts)
+    for name, text in texts.items():
+        write_bytes(out / name, text.encode())
+        print(f"{len(lists[name]):6} images in {out / name}")
+    print(f"sha256 {checksum(out)}")
+
+
+def draw(pool: Path, source: Source, *, labeled: int, val: int, seed: int) -> dict[str, Lines]:
+    """Random labelled and held-out images of a list; the rest is unlabelled."""
+    order = _ordered(_read(pool, source), seed)
+    _check_count(pool, labeled + val, len(order))
+    lists = {"labeled.txt": order[:labeled], "unlabeled.txt": order[labeled + val :]}
+    if val:
+        lists["val.txt"] = order[labeled : labeled + val]
+    return {name: dict(lines) for name, lines in lists.items()}
+
+
+def hold_out(folder: Path, source: Source, *, val: int, seed: int) -> dict[str, Lines]:
+    """A partition with some of its unlabelled images held out; those that are labelled, too, are not among them."""
+    labeled, unlabeled = (_read(folder / name, source) for name in ("labeled.txt", "unlabeled.txt"))
+    order = _ordered({image: line for image, line in unlabeled.items() if image not in labeled}, seed)
+    _check_count(folder / "unlabeled.txt", val, len(order))
+    held = dict(order[:val])
+    rest = {image: line for image, line in unlabeled.items() if image not in held}
+    return {"labeled.txt": labeled, "unlabeled.txt": rest, "val.txt": held}
+
+
+def checksum(folder: Path) -> str:
+    """SHA-256 of a partition's lists: what `sha256sum labeled.txt unlabeled.txt val.txt | sha256sum` prints there.
+
+    A list that is not there is left out.
+    """
+    paths = [folder / name for name in LISTS if (folder / name).is_file()]
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _read(place: Path, source: Source) -> Lines:
+    """An image that is listed twice counts once."""
+    lines = ((source.item(source.root, words), " ".join(words)) for words in read_lines(place))
+    return {item.image: (item, line) for item, line in lines}
+
+
+def _ordered(lines: Lines, seed: int) -> list[tuple[Path, tuple[Item, str]]]:
+    """The lines in a random order: by the hash of seed and id.
+
+    It is the same on every machine and for every version of Python and NumPy (NumPy does not promise that of its
+    permutations), and whatever the order of the list. And the labelled images of a smaller split of the same seed are
+    among those of a larger one.
+    """
+
+    def key(entry: tuple[Path, tuple[Item, str]]) -> tuple[bytes, str]:
+        item, line = entry[1]
+        return hashlib.sha256(f"{seed} {item.name}".encode()).digest(), line
+
+    return sorted(lines.items(), key=key)
+
+
+def _check_count(place: Path, wanted: int, found: int) -> None:
+    if found < wanted:
+        raise DataError(f"{place}: expected at least {wanted} images to draw from, found {found}")
+
+
+def _check_unused(out: Path, texts: dict[str, str]) -> None:
+    """A list that is there and differs may be what somebody's results stand on; a stale val.txt would be used."""
+    for path in (out / name for name in LISTS):
+        if path.is_file() and path.read_bytes() != texts.get(path.name, "").encode():
+            raise DataError(
+                f"{path}: expected no list, or the same one, found another; remove it or choose another --out"
+            )

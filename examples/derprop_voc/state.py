@@ -1,0 +1,194 @@
+"""All that changes while training, and its way into checkpoints and back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlprop import MomentumAverager
+
+from .config import Config, ConfigError, make_config
+from .distributed import gathered
+from .files import CheckpointError
+from .losses import AdaptiveThreshold
+from .model import SegmentationNetwork
+
+# Options that do not change what is computed, and so may differ between a checkpoint and the run that resumes it.
+FREE_OPTIONS = (
+    "data", "download", "cache_images", "workers", "weights", "accelerator", "threads", "evaluate_every",
+    "panel_every", "panel_images", "measure_pseudo_labels", "tensorboard", "out",
+)  # fmt: skip
+
+
+@dataclass
+class State:
+    """Network, optimiser and everything else that a run needs to go on from a step."""
+
+    network: SegmentationNetwork
+    averager: MomentumAverager | None
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    threshold: AdaptiveThreshold
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+
+    def to_dict(
+        self, config: Config, class_names: tuple[str, ...], *, epoch: int, precision: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Tensors and plain values only, for `torch.load(weights_only=True)`. All processes must call this."""
+        cuda = torch.cuda.get_rng_state() if self.threshold.value.is_cuda else None
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "epoch": epoch,
+            "network": self.network.state_dict(),
+            "averager": self.averager.state_dict() if self.averager else None,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "threshold": self.threshold.state_dict(),
+            "precision": dict(precision),  # the gradient scaler's state with 16-mixed, else empty
+            "random": gathered({"cpu": torch.get_rng_state(), "cuda": cuda}),  # one entry a process
+            "history": self.history,
+            "best": self.best,
+            "config": config.to_dict(),
+            "class_names": list(class_names),
+        }
+
+    def restore(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
+        """Takes over everything but the random states and the gradient scaler.
+
+        Raises:
+            CheckpointError: at the first value that does not fit; the message names the part and the key.
+        """
+        for name in ("network", "averager", "optimizer", "schedule", "threshold"):
+            part, values = getattr(self, name), checkpoint[name]
+            if part is None:
+                continue
+            check_state(path, name, values, part.state_dict())
+            try:
+                part.load_state_dict(values)
+            except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+                raise CheckpointError(f"{path}: {name}: does not fit: {' '.join(str(error).split())}") from None
+        # The optimiser itself compares numbers of parameters only.
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        buffers = {index: values["momentum_buffer"] for index, values in checkpoint["optimizer"]["state"].items()}
+        if buffers:
+            check_state(path, "optimizer: momentum_buffer", buffers, dict(enumerate(parameters)))
+        self.step, self.history, self.best = checkpoint["step"], list(checkpoint["history"]), checkpoint["best"]
+
+
+FORMAT = "derprop_voc 1"
+KEYS: dict[str, type | UnionType] = {
+    "step": int,
+    "epoch": int,
+    "network": dict,
+    "averager": dict | None,
+    "optimizer": dict,
+    "schedule": dict,
+    "threshold": dict,
+    "precision": dict,
+    "random": list,
+    "history": list,
+    "best": dict | None,
+    "config": dict,
+    "class_names": list,
+}
+
+
+def make_state(config: Config, num_classes: int, device: torch.device, steps: int, *, initialise: bool = True) -> State:
+    """Network, momentum network, optimiser, schedule and threshold, at step 0 of `steps`."""
+    network = SegmentationNetwork(config, num_classes, initialise=initialise).to(device)
+    if config.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        network.parameter_groups(config.lr, config.head_lr_multiplier),
+        lr=config.lr,
+        momentum=config.sgd_momentum,
+        weight_decay=config.weight_decay,
+    )
+    return State(
+        network=network,
+        averager=MomentumAverager(network, config.average_momentum) if config.averages else None,
+        optimizer=optimizer,
+        schedule=torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=config.lr_power),
+        threshold=AdaptiveThreshold(
+            config.threshold, config.threshold_momentum if config.confidence == "adaptive" else 1.0
+        ).to(device),
+    )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this program, on the CPU.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged or another program's; the message names the key.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a checkpoint, found no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and tensor readers each have their own exceptions
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise CheckpointError(f"{path}: damaged, or not a file of torch.save: {reason}") from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path}: expected a checkpoint of this program, found a {type(checkpoint).__name__}")
+    for key in ("format", *KEYS):
+        if key not in checkpoint:
+            found = ", ".join(map(str, list(checkpoint)[:6]))
+            raise CheckpointError(f"{path}: expected a checkpoint of this program, found no key {key!r} (but {found})")
+    if checkpoint["format"] != FORMAT:
+        raise CheckpointError(f"{path}: key 'format': expected {FORMAT!r}, found {checkpoint['format']!r}")
+    for key, kind in KEYS.items():
+        if not isinstance(checkpoint[key], kind):
+            found = type(checkpoint[key]).__name__
+            raise CheckpointError(f"{path}: key {key!r}: expected {getattr(kind, '__name__', kind)}, found {found}")
+    return checkpoint
+
+
+def check_resumable(path: Path, checkpoint: Mapping[str, Any], config: Config, class_names: tuple[str, ...]) -> None:
+    """Raises `ConfigError` at the first option or class list that differs from the checkpoint's run."""
+    expected = config.to_dict()
+    for name, value in checkpoint["config"].items():
+        if name not in FREE_OPTIONS and expected.get(name) != value:
+            raise ConfigError(f"{name}: {path} was made with {value!r}, this run has {expected.get(name)!r}")
+    if list(class_names) != checkpoint["class_names"]:
+        raise ConfigError(f"class_names: {path} was made with {checkpoint['class_names']}, found {list(class_names)}")
+
+
+def check_state(path: Path, name: str, found: Mapping[str, Any] | None, expected: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` at the first key of a state dict that is missing, left over or of another shape."""
+    found = found or {}
+    for key in [*expected, *found]:
+        if key not in found:
+            raise CheckpointError(f"{path}: {name}: key {key!r} is missing")
+        if key not in expected:
+            raise CheckpointError(f"{path}: {name}: key {key!r} is unknown")
+        ours, theirs = expected[key], found[key]
+        if isinstance(ours, Tensor) and (not isinstance(theirs, Tensor) or theirs.shape != ours.shape):
+            shape = list(theirs.shape) if isinstance(theirs, Tensor) else type(theirs).__name__
+            raise CheckpointError(f"{path}: {name}: key {key!r}: expected shape {list(ours.shape)}, found {shape}")
+
+
+def load_networks(path: Path) -> tuple[dict[str, nn.Module], Config, tuple[str, ...]]:
+    """The networks of a checkpoint by name, its config and class names; on the CPU, in evaluation mode.
+
+    The last one is the network that the run is tested with: "averaged" where there is a momentum network, else
+    "trained".
+    """
+    checkpoint = read_checkpoint(path)
+    config, names = make_config(checkpoint["config"]), tuple(checkpoint["class_names"])
+    network = SegmentationNetwork(config, len(names), initialise=False)
+    check_state(path, "network", checkpoint["network"], network.state_dict())
+    averager = MomentumAverager(network, config.average_momentum) if checkpoint["averager"] is not None else None
+    network.load_state_dict(checkpoint["network"])
+    networks: dict[str, nn.Module] = {"trained": network.eval()}
+    if averager:
+        check_state(path, "averager", checkpoint["averager"], averager.state_dict())
+        averager.load_state_dict(checkpoint["averager"])
+        networks["averaged"] = averager.module.eval()
+    return networks, config, names

@@ -1,0 +1,161 @@
+"""`ablate`: the plan of a grid, what is kept of earlier runs, failures, and the table."""
+
+import json
+import statistics
+import sys
+import time
+
+import pytest
+
+from examples.derprop_voc import ablate as ablate_module
+from examples.derprop_voc.__main__ import main
+from examples.derprop_voc.ablate import is_done, make_jobs, markdown, read_grid, run_all, summarise
+from examples.derprop_voc.config import ConfigError, make_config
+from examples.derprop_voc.demo import CONFIGS
+from examples.derprop_voc.scenes import write_scenes
+from tests.test_example import TINY, flags
+
+GRID = {"a": {"variant": "supervised"}, "b": {"variant": "full", "scale": "degree"}}
+
+
+def scores(value):
+    return {key: {"miou": value, "accuracy": value, "iou": {}} for key in ("prediction", "propagated", "blend")}
+
+
+def finish(job, trained, averaged=None):
+    """Writes what a finished run of `job` leaves."""
+    job.out.mkdir(parents=True)
+    results = {
+        "seed": job.config.seed,
+        "config": job.config.to_dict(),
+        "evaluation": {"mode": "original"},
+        "last": {"trained": scores(trained), "averaged": scores(averaged) if averaged is not None else None},
+        "seconds": {"train": 1.0},
+    }
+    (job.out / "results.json").write_text(json.dumps(results))
+
+
+def test_every_variant_meets_every_seed(tmp_path):
+    jobs = make_jobs({"lr": 0.5, "variant": "full"}, GRID, [0, 3, 3], tmp_path)
+    assert [(job.variant, job.config.seed) for job in jobs] == [("a", 0), ("a", 3), ("b", 0), ("b", 3)]
+    assert {job.config.lr for job in jobs} == {0.5}
+    assert [job.config.variant for job in jobs[1:3]] == ["supervised", "full"]  # the grid wins over the base
+    assert len({job.out for job in jobs}) == 4
+    assert [job.variant for job in make_jobs({}, GRID, [0], tmp_path, only=["b"])] == ["b"]
+    with pytest.raises(ConfigError, match=r"only: expected names of the grid \(a, b\), got 'c'"):
+        make_jobs({}, GRID, [0], tmp_path, only=["c"])
+    with pytest.raises(ConfigError, match="unknown option scal"):
+        make_jobs({}, {"a": {"scal": "sum"}}, [0], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 3\n", r"a: expected `name: \{option: value, \.\.\.\}`, found 3"),
+        ("a: {seed: 3}\n", "a: seed is set by ablate itself"),
+        ("a/b: {lr: 3}\n", "a/b: expected"),
+        ("..: {lr: 3}\n", "expected"),
+        ("", "expected at least one variant, found none"),
+        ("- a\n", "expected 'option: value' lines, found list"),
+    ],
+)
+def test_grids_are_checked(text, message, tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_grid(path)
+
+
+def test_shipped_grids_are_valid(tmp_path):
+    paths = sorted((CONFIGS / "grids").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        assert make_jobs({}, read_grid(path), [0], tmp_path)
+
+
+def test_finished_runs_are_kept_if_they_are_of_the_same_options(tmp_path):
+    job = make_jobs({}, GRID, [0], tmp_path)[0]
+    assert not is_done(job)
+    finish(job, 0.5)
+    assert is_done(job)
+    moved = make_jobs({"data": "elsewhere", "threads": 2}, GRID, [0], tmp_path)[0]
+    assert is_done(moved)
+    other = make_jobs({"lr": 0.5}, GRID, [0], tmp_path)[0]
+    with pytest.raises(ConfigError, match=r"results\.json: lr is 0\.001 there, 0\.5 here; choose another --out"):
+        is_done(other)
+
+
+def test_table_has_means_and_standard_deviations(tmp_path):
+    jobs = make_jobs({}, GRID, [0, 1, 2], tmp_path)
+    values = [0.30, 0.32, 0.37]
+    for job, value in zip(jobs, values + values, strict=True):
+        finish(job, value, value + 0.1 if job.variant == "b" else None)
+    rows = summarise(jobs)
+    assert [row["variant"] for row in rows] == ["a", "b"]
+    assert rows[0]["columns"]["P"]["values"] == values
+    assert rows[0]["columns"]["P"]["mean"] == pytest.approx(statistics.mean(values))
+    assert rows[0]["columns"]["P"]["std"] == pytest.approx(statistics.stdev(values))
+    assert "P, momentum" not in rows[0]["columns"]
+    lines = markdown(rows).splitlines()
+    assert lines[2] == "| a | 3 | 33.0 ± 3.6 | 33.0 ± 3.6 | - | - |"
+    assert lines[3] == "| b | 3 | 33.0 ± 3.6 | 33.0 ± 3.6 | 43.0 ± 3.6 | 43.0 ± 3.6 |"
+    assert markdown(summarise(jobs[:1])).splitlines()[2] == "| a | 1 | 30.0 | 30.0 | - | - |"
+
+
+@pytest.mark.slow
+def test_a_failed_run_stops_no_other_and_the_command_goes_on_where_it_stopped(tmp_path, capsys):
+    data, out, grid = tmp_path / "data", tmp_path / "out", tmp_path / "grid.yaml"
+    write_scenes(data, labeled=3, unlabeled=4, val=2, size=(40, 48), seed=1)
+    grid.write_text("broken: {partition: none}\ngood: {variant: supervised}\n")
+    command = ["ablate", f"--grid={grid}", "--seeds", "0", "--jobs", "2", f"--data={data}", f"--out={out}"]
+    command += flags(TINY | {"threads": 1})
+    assert main([*command, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("missing") == 2
+    assert not out.exists()
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert "2 runs, 0 of them done" in captured.out
+    assert "1 of 2 runs failed" in captured.err
+    assert "option partition" in captured.err
+    assert captured.err.count("\n") == 1
+    rows = json.loads((out / "table.json").read_text())["rows"]
+    assert [(row["variant"], row["seeds"]) for row in rows] == [("good", [0])]
+    assert "| good | 1 |" in (out / "table.md").read_text()
+
+    written = (out / "good" / "seed_0" / "results.json").stat().st_mtime_ns
+    assert main([*command, "--only", "good"]) == 0
+    assert "1 runs, 1 of them done" in capsys.readouterr().out
+    assert (out / "good" / "seed_0" / "results.json").stat().st_mtime_ns == written
+
+
+def test_interrupting_stops_the_runs(tmp_path, monkeypatch):
+    jobs = make_jobs({}, GRID, [0, 1], tmp_path)
+    monkeypatch.setattr(ablate_module, "command", lambda _: [sys.executable, "-c", "import time; time.sleep(600)"])
+
+    def interrupted(futures):
+        while not (jobs[0].out / "output.txt").exists() or not (jobs[1].out / "output.txt").exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablate_module, "as_completed", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(jobs, 2)
+    assert time.monotonic() - start < 60
+    assert not jobs[3].out.exists()  # what waited was never started
+
+
+def test_jobs_are_positive(tmp_path, capsys):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("a: {}\n")
+    assert main(["ablate", f"--grid={grid}", "--jobs", "0"]) == 2
+    assert capsys.readouterr().err == "error: jobs: expected at least 1, got 0\n"
+
+
+def test_defaults_of_a_grid_are_checked_before_anything_runs(tmp_path, capsys):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("good: {}\nbad: {lr: fast}\n")
+    assert main(["ablate", f"--grid={grid}", f"--out={tmp_path / 'out'}"]) == 2
+    assert capsys.readouterr().err == "error: lr: expected a number, got 'fast'\n"
+    assert make_config({}).lr == 0.001

@@ -1,0 +1,599 @@
+"""The training example's checkpoints: a run that is killed and resumed is the run that was never killed."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
+
+from examples.derprop_voc import train
+from examples.derprop_voc.__main__ import BAD_INPUT, DONE, main
+from examples.derprop_voc.config import ConfigError, make_config
+from examples.derprop_voc.data import SeededBatches, load_data
+from examples.derprop_voc.files import CheckpointError
+from examples.derprop_voc.losses import Objective
+from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
+from examples.derprop_voc.state import check_resumable
+from examples.derprop_voc.train import DivergedError, Trainer, run
+
+ROOT = Path(__file__).parent.parent
+
+# Dropout, CutMix, the momentum network and the adaptive threshold are on; pseudo-labels pass the threshold. Epochs have
+# three steps, and the last one of the run is cut to two.
+TINY = {
+    "partition": "demo",
+    "backbone": "timm/resnet10t",
+    "timm_stages": [1, 3],
+    "crop_size": 32,
+    "atrous_rates": [1, 2, 3],
+    "decoder_channels": 8,
+    "low_channels": 4,
+    "fuse_layers": 1,
+    "feature_channels": 8,
+    "threshold": 0.2,
+    "threshold_momentum": 0.9,
+    "labeled_batch": 2,
+    "unlabeled_batch": 2,
+    "steps": 8,
+    "lr": 0.01,
+    "panel_images": 1,
+    "evaluate_every": 1,
+    "accelerator": "cpu",
+    "threads": 1,
+    "tensorboard": False,
+}
+SETTINGS = {
+    "eval": {"weak_mode": "eval"},
+    # Anchors are drawn from torch's default generator, as dropout is.
+    "train": {"weak_mode": "train", "num_anchors": 8, "average_every": "step", "evaluate_every": 2},
+}
+EPOCH, STEPS = 3, 8
+
+
+class Stopped(Exception):  # noqa: N818, an interruption rather than an error
+    pass
+
+
+@pytest.fixture(autouse=True)
+def _log_every(monkeypatch):
+    monkeypatch.setattr(train, "LOG_EVERY", 2)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    write_scenes(root, labeled=5, unlabeled=6, val=2, size=(40, 48), seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(scenes, tmp_path_factory):
+    """Setting -> (config and results of an uninterrupted run, folder of the same run stopped in its second epoch)."""
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "LOG_EVERY", 2)
+        for name, options in SETTINGS.items():
+            root = tmp_path_factory.mktemp(name)
+            whole = tiny(scenes, root / "whole", **options)
+            results = run(whole, progress=False)
+            with pytest.MonkeyPatch.context() as patch_stop:
+                stop_at(patch_stop, 5)
+                with pytest.raises(Stopped):
+                    run(tiny(scenes, root / "stopped", **options), progress=False)
+            made[name] = whole, results, root / "stopped"
+    return made
+
+
+@pytest.fixture
+def stopped(runs, tmp_path):
+    """A copy of the stopped run with the setting "eval": three steps in its checkpoint, five in its log."""
+    shutil.copytree(runs["eval"][2], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def tiny(scenes, out, **options):
+    return make_config(TINY | {"data": str(scenes), "out": str(out)} | options)
+
+
+def stop_at(monkeypatch, step):
+    """Raises `Stopped` in that step, counted from 1 in this process, before it reaches the weights."""
+    check, calls = Trainer._check_finite, [0]
+
+    def stopping(self, *arguments):
+        calls[0] += 1
+        if calls[0] == step:
+            raise Stopped
+        check(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_check_finite", stopping)
+
+
+def read(folder, name="latest.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def assert_same(found, expected, place=""):
+    """Equality of nested values, bit for bit."""
+    assert type(found) is type(expected), place
+    if isinstance(expected, dict):
+        assert list(found) == list(expected), place
+        for key in expected:
+            assert_same(found[key], expected[key], f"{place}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), place
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            assert_same(*pair, f"{place}.{index}")
+    elif isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype, place
+        assert torch.equal(found, expected), place
+    else:
+        assert found == expected, place
+
+
+def assert_same_run(found, expected):
+    """Checkpoints, log and history of two run folders are the same; their options may differ where that is free."""
+    for name in ("latest.pt", "best.pt"):
+        assert_same(*({**read(folder, name), "config": None} for folder in (found, expected)), name)
+    logs = [(Path(folder) / "log.jsonl").read_text() for folder in (found, expected)]
+    assert logs[0] == logs[1]
+    steps = [(entry["step"], entry["kind"]) for entry in map(json.loads, logs[0].splitlines())]
+    assert len(set(steps)) == len(steps)
+    assert not list(Path(found).glob(".*"))
+
+
+def one_line(capsys):
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+def command(config, folder, *flags):
+    path = folder / "options.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    return ["train", "--config", str(path), *flags]
+
+
+# --- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(setting, runs, scenes, tmp_path):
+    whole, results, folder = runs[setting]
+    out = tmp_path / "run"
+    shutil.copytree(folder, out)
+    assert read(out)["step"] == EPOCH
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == 4  # more than the checkpoint holds
+    resumed = run(tiny(scenes, out, **SETTINGS[setting]), resume=True, progress=False)
+    assert_same_run(out, whole.out)
+    for key in ("last", "best", "history", "steps"):
+        assert resumed[key] == results[key], key
+    assert read(out)["epoch"] == 3
+    # What the comparison above would not see if it stood still.
+    assert results["history"][0]["threshold"] != results["history"][-1]["threshold"] != TINY["threshold"]
+    assert results["history"][-2]["kept"] > 0
+
+
+# Moments at which a run is killed: setting, function, and which of its calls does not return.
+# Files are made durable in the order config.yaml, log.jsonl, then best.pt (where it is) and latest.pt of each epoch.
+MOMENTS = [
+    pytest.param(*moment, id=f"{moment[0]}-{moment[1].rpartition(':')[2]}-{moment[2]}")
+    for moment in (
+        ("eval", "examples.derprop_voc.train:Trainer._check_finite", 1),
+        ("train", "examples.derprop_voc.train:Trainer._check_finite", 5),
+        ("eval", "os:fsync", 3),
+        ("eval", "os:fsync", 4),
+        ("train", "os:fsync", 5),
+        ("eval", "pathlib:Path.replace", 5),
+    )
+]
+
+KILLER = """
+import importlib, json, os, resource, signal, sys
+from examples.derprop_voc import train
+from examples.derprop_voc.__main__ import main
+
+train.LOG_EVERY = 2
+
+def kill_at(place, count):
+    module, _, path = place.partition(":")
+    owner = importlib.import_module(module)
+    *owners, name = path.split(".")
+    for part in owners:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), [0]
+    def killing(*arguments, **options):
+        calls[0] += 1
+        if calls[0] == count:
+            if name == "fsync":  # as if only half had been written by now
+                os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+    setattr(owner, name, killing)
+
+answers = []
+for job in json.load(sys.stdin):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(write, 1), os.dup2(write, 2)
+        os.close(read), os.close(write)
+        if job.get("kill"):
+            kill_at(*job["kill"])
+        if job.get("limit"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], resource.RLIM_INFINITY))
+        code = main(job["arguments"])
+        sys.stdout.flush()
+        os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as stream:
+        output = stream.read()
+    answers.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output])
+print(json.dumps(answers))
+"""
+
+
+def in_processes(jobs):
+    """(exit code, output) of each job in a process of its own, forked from one so that torch is imported once."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER],
+        input=json.dumps(jobs),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def killed(scenes, tmp_path_factory):
+    """(setting, function, call) -> folder of a run that ended by SIGKILL there."""
+    folders, jobs = {}, []
+    for moment in MOMENTS:
+        setting, *kill = moment.values
+        folder = folders[moment.values] = tmp_path_factory.mktemp("killed")
+        config = tiny(scenes, folder / "run", **SETTINGS[setting])
+        jobs.append({"arguments": command(config, folder), "kill": kill})
+    for code, output in in_processes(jobs):
+        assert code == -signal.SIGKILL, output
+    return {moment: folder / "run" for moment, folder in folders.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("setting", "place", "call"), MOMENTS)
+def test_sigkill_at_any_moment_loses_nothing(setting, place, call, killed, runs, scenes):
+    out = killed[setting, place, call]
+    assert (out / "latest.pt").exists() == (call == 5)
+    if place == "os:fsync":
+        [half] = out.glob(".*")
+        assert half.name == (".best.pt.part" if call == 3 else ".latest.pt.part")
+    run(tiny(scenes, out, **SETTINGS[setting]), resume=True, progress=False)
+    assert_same_run(out, runs[setting][0].out)
+
+
+@pytest.mark.slow
+def test_sigkill_with_workers_and_a_resume_with_others(runs, scenes, tmp_path):
+    config = tiny(scenes, tmp_path / "run", workers=2, **SETTINGS["eval"])
+    kill = ["examples.derprop_voc.train:Trainer._check_finite", 5]
+    arguments = command(config, tmp_path)
+    (code, output), (again, rest) = in_processes(
+        [{"arguments": arguments, "kill": kill}, {"arguments": [*arguments, "--resume", "--workers", "1"]}]
+    )
+    assert code == -signal.SIGKILL, output
+    assert again == DONE, rest
+    assert f"step {EPOCH} of {STEPS}" in rest
+    assert_same_run(tmp_path / "run", runs["eval"][0].out)
+
+
+def test_a_finished_run_is_only_evaluated_again(runs, tmp_path, scenes, monkeypatch):
+    whole, results, _ = runs["eval"]
+    out = tmp_path / "run"
+    shutil.copytree(whole.out, out)
+    before = (out / "latest.pt").read_bytes()
+    stop_at(monkeypatch, 1)
+    again = run(tiny(scenes, out, **SETTINGS["eval"]), resume=True, progress=False)
+    assert {**again, "seconds": 0, "config": 0} == {**results, "seconds": 0, "config": 0}
+    assert (out / "latest.pt").read_bytes() == before
+    assert_same_run(out, whole.out)
+
+
+def test_a_checkpoint_holds_what_was_promised_and_no_code(runs):
+    whole, results, _ = runs["train"]
+    checkpoint = read(whole.out)
+    assert (checkpoint["step"], checkpoint["epoch"]) == (STEPS, 3)
+    assert checkpoint["config"] == whole.to_dict()
+    assert checkpoint["class_names"] == list(CLASS_NAMES)
+    assert checkpoint["history"] == results["history"]
+    assert checkpoint["best"] == results["best"]
+    assert checkpoint["schedule"]["last_epoch"] == STEPS
+    assert checkpoint["threshold"]["value"].item() == pytest.approx(results["history"][-2]["threshold"])
+    assert checkpoint["averager"]["n_averaged"] == STEPS
+    assert checkpoint["precision"] == {}
+    [random] = checkpoint["random"]
+    assert random["cuda"] is None
+    torch.Generator().set_state(random["cpu"])
+    trained = [name for name in checkpoint["network"] if name.endswith(("weight", "bias"))]
+    assert len(checkpoint["optimizer"]["state"]) == len(trained)
+    assert all(entry["momentum_buffer"].any() for entry in checkpoint["optimizer"]["state"].values())
+
+
+def test_best_is_the_epoch_of_the_highest_validation_miou(scenes, tmp_path, monkeypatch):
+    def scored(*mious):
+        left = iter(mious)
+
+        def evaluate(networks, *_, **__):
+            miou = next(left)
+            scores = {
+                name: {"miou": miou, "accuracy": 0.0, "iou": {}} for name in ("prediction", "propagated", "blend")
+            }
+            # The network that the run is tested with comes last; the other one must not decide.
+            return dict.fromkeys(networks, {key: value | {"miou": 1 - miou} for key, value in scores.items()}) | {
+                list(networks)[-1]: scores
+            }
+
+        monkeypatch.setattr(train, "evaluate", evaluate)
+
+    config = tiny(scenes, tmp_path / "run", steps=12)
+    with pytest.MonkeyPatch.context() as patch:
+        scored(0.2, 0.5)
+        stop_at(patch, 8)
+        with pytest.raises(Stopped):
+            run(config, progress=False)
+    assert (read(config.out, "best.pt")["step"], read(config.out)["step"]) == (6, 6)
+    best = (tmp_path / "run" / "best.pt").read_bytes()
+    scored(0.4, 0.5, 0.1)  # lower; the same, where the first stays; and the evaluation after training
+    results = run(config, resume=True, progress=False)
+    assert (tmp_path / "run" / "best.pt").read_bytes() == best
+    assert (results["best"]["epoch"], results["best"]["step"], results["best"]["miou"]) == (2, 6, 0.5)
+    assert results["best"]["scores"]["averaged"]["prediction"]["miou"] == 0.5
+    assert read(config.out)["best"] == results["best"]
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_run(stopped, scenes, monkeypatch):
+    stop_at(monkeypatch, 1)
+    with pytest.raises(Stopped):
+        run(tiny(scenes, stopped), overwrite=True, progress=False)
+    assert not list(stopped.glob("*.pt"))
+    assert (stopped / "log.jsonl").read_text() == ""
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_is_refused(stopped, scenes, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in stopped.iterdir()}
+    assert main(command(tiny(scenes, stopped), tmp_path)) == BAD_INPUT
+    assert "holds a run already; go on with it (--resume) or choose another folder" in one_line(capsys)
+    assert {path: path.read_bytes() for path in stopped.iterdir()} == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", 0.5), ("variant", "no_momentum"), ("steps", 20), ("seed", 1)])
+def test_an_option_that_matters_must_not_change(name, value, stopped, scenes, tmp_path, capsys):
+    config = tiny(scenes, stopped)
+    assert main(command(tiny(scenes, stopped, **{name: value}), tmp_path, "--resume")) == BAD_INPUT
+    found = f"error: {name}: {stopped / 'latest.pt'} was made with {getattr(config, name)!r}, this run has {value!r}\n"
+    assert one_line(capsys) == found
+
+
+def test_other_class_names_are_refused(stopped, scenes):
+    config = tiny(scenes, stopped)
+    check_resumable(stopped / "latest.pt", read(stopped), config, CLASS_NAMES)
+    with pytest.raises(ConfigError, match=r"class_names: .*latest\.pt was made with \['background', .*, found \['a'\]"):
+        check_resumable(stopped / "latest.pt", read(stopped), config, ("a",))
+
+
+def test_free_options_may_change(stopped, runs, scenes, tmp_path):
+    moved = stopped.rename(tmp_path / "moved")
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    run(tiny(data, moved, evaluate_every=0, cache_images=True), resume=True, progress=False)
+    for key in ("network", "averager", "optimizer", "threshold"):
+        assert_same(read(moved)[key], read(runs["eval"][0].out)[key], key)
+
+
+def _edit(change):
+    def damage(path):
+        checkpoint = torch.load(path, weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, path)
+
+    return damage
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _other_optimizer(checkpoint):
+    other = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=1.0, momentum=0.9)
+    checkpoint["optimizer"] = other.state_dict()
+
+
+DAMAGE = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged, or not a file of torch.save"),
+    "bit": (_flip, "damaged, or not a file of torch.save"),
+    "empty": (lambda path: path.write_bytes(b""), "damaged, or not a file of torch.save"),
+    "text": (lambda path: path.write_text("step: 3\n"), "damaged, or not a file of torch.save"),
+    "tensor": (lambda path: torch.save(torch.zeros(2), path), "expected a checkpoint of this program, found a Tensor"),
+    "foreign": (
+        lambda path: torch.save({"state_dict": {}, "lr": 1.0}, path),
+        "found no key 'format' (but state_dict, lr)",
+    ),
+    "format": (_edit(lambda values: values.update(format="other 2")), "key 'format': expected 'derprop_voc 1', found"),
+    "missing": (_edit(lambda values: values.pop("threshold")), "found no key 'threshold'"),
+    "type": (_edit(lambda values: values.update(config=3)), "key 'config': expected dict, found int"),
+    "network-missing": (
+        _edit(lambda values: values["network"].pop("classifier.bias")),
+        "network: key 'classifier.bias' is missing",
+    ),
+    "network-unknown": (
+        _edit(lambda values: values["network"].update(extra=torch.zeros(1))),
+        "network: key 'extra' is unknown",
+    ),
+    "network-shape": (
+        _edit(lambda values: values["network"].update({"classifier.bias": torch.zeros(2)})),
+        "network: key 'classifier.bias': expected shape [6], found [2]",
+    ),
+    "averager": (_edit(lambda values: values.update(averager=None)), "averager: key 'n_averaged' is missing"),
+    "optimizer": (_edit(_other_optimizer), "optimizer: does not fit: "),
+    "optimizer-shape": (
+        _edit(lambda values: values["optimizer"]["state"][1].update(momentum_buffer=torch.zeros(3))),
+        "optimizer: momentum_buffer: key 1: expected shape",
+    ),
+    "optimizer-missing": (
+        _edit(lambda values: values["optimizer"]["state"].pop(1)),
+        "optimizer: momentum_buffer: key 1 is missing",
+    ),
+    "schedule": (_edit(lambda values: values["schedule"].pop("last_epoch")), "schedule: key 'last_epoch' is missing"),
+    "random": (_edit(lambda values: values.update(random=[{"cpu": torch.zeros(3)}])), "random: does not fit: "),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_or_foreign_checkpoint_is_one_line_that_says_which_key(name, stopped, scenes, tmp_path, capsys):
+    damage, message = DAMAGE[name]
+    damage(stopped / "latest.pt")
+    before = (stopped / "latest.pt").read_bytes()
+    assert main(command(tiny(scenes, stopped), tmp_path, "--resume")) == BAD_INPUT
+    error = one_line(capsys)
+    assert error.startswith(f"error: {stopped / 'latest.pt'}: ")
+    assert message in error
+    assert (stopped / "latest.pt").read_bytes() == before
+
+
+# --- a full disk, and NaN --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_checkpoint(runs, scenes, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(runs["eval"][2], out)
+    before = (out / "latest.pt").read_bytes()
+    arguments = command(tiny(scenes, out), tmp_path, "--resume")
+    [(code, output)] = in_processes([{"arguments": arguments, "limit": len(before) // 2}])
+    assert code == BAD_INPUT, output
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, output
+    assert errors[0].endswith("the checkpoint could not be written (File too large); the previous one is untouched"), (
+        output
+    )
+    assert "Traceback" not in output
+    assert (out / "latest.pt").read_bytes() == before
+    assert not list(out.glob(".*"))
+    run(tiny(scenes, out), resume=True, progress=False)
+    assert_same_run(out, runs["eval"][0].out)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_no_space_while_writing_a_checkpoint(first, stopped, scenes, monkeypatch):
+    if first:
+        for path in stopped.glob("*.pt"):
+            path.unlink()
+    before = {path.name: path.read_bytes() for path in stopped.glob("*.pt")}
+    sync = os.fsync
+
+    def full(handle):
+        if os.fstat(handle).st_size > 100_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    kept = "there is none before it" if first else "the previous one is untouched"
+    with pytest.raises(CheckpointError, match=rf"\.pt: .* could not be written \(No space left on device\); {kept}$"):
+        run(tiny(scenes, stopped), resume=True, progress=False)
+    assert {path.name: path.read_bytes() for path in stopped.glob("*.pt")} == before
+    assert not list(stopped.glob(".*"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_weights(value, scenes, tmp_path, monkeypatch):
+    labeled, check, seen = Objective.labeled, Trainer._check_finite, []
+
+    def diverging(self, *arguments):
+        terms = labeled(self, *arguments)
+        return terms | {"ce_l": terms["ce_l"] * value} if len(seen) == 4 else terms
+
+    def weights(trainer):
+        return {name: values.clone() for name, values in trainer.state.network.named_parameters()}
+
+    def checking(self, *arguments):
+        seen.append((self, weights(self), (tmp_path / "latest.pt").is_file()))
+        check(self, *arguments)
+
+    monkeypatch.setattr(Objective, "labeled", diverging)
+    monkeypatch.setattr(Trainer, "_check_finite", checking)
+    config = tiny(scenes, tmp_path)
+    with pytest.raises(DivergedError) as caught:
+        run(config, progress=False)
+    data = load_data(config)
+    batches = [
+        list(SeededBatches(len(items), batch_size=2, steps=5, seed=2 * config.seed + kind))[4]
+        for items, kind in ((data.labeled, True), (data.unlabeled, False))
+    ]
+    names = [data.labeled[index].name for index, _ in batches[0]] + [
+        data.unlabeled[index].name for index, _ in batches[1]
+    ]
+    assert f"loss is {value} at step 4, on images {', '.join(names)}; " in str(caught.value)
+    assert len(seen) == 5
+    trainer, before, _ = seen[-1]
+    assert_same(weights(trainer), before)
+    assert read(tmp_path)["step"] == EPOCH
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_bf16_trains_and_keeps_float32_weights(scenes, tmp_path):
+    results = run(tiny(scenes, tmp_path, steps=2, precision="bf16-mixed"), progress=False)
+    [entry] = [entry for entry in results["history"] if entry["kind"] == "train"]
+    assert entry["loss"] == pytest.approx(entry["loss"], abs=100)
+    for part in ("network", "averager"):
+        floats = [values for values in read(tmp_path)[part].values() if values.is_floating_point()]
+        assert {values.dtype for values in floats} == {torch.float32}
+        assert all(values.isfinite().all() for values in floats)
+    plain = run(tiny(scenes, tmp_path / "plain", steps=2), progress=False)["history"][0]
+    assert entry["loss"] != plain["loss"]
+    assert entry["loss"] == pytest.approx(plain["loss"], rel=0.05)
+
+
+def test_fp16_needs_a_gpu(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="precision: 16-mixed needs a CUDA device; use bf16-mixed"):
+        run(tiny(scenes, tmp_path, precision="16-mixed"), progress=False)
+
+
+def test_the_gradient_scaler_is_saved_and_restored(scenes, tmp_path, monkeypatch):
+    fabrics = []
+
+    def make_fabric(_):
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=4)
+        fabrics.append(Fabric(accelerator="cpu", plugins=[MixedPrecision("16-mixed", "cpu", scaler)]))
+        fabrics[-1].launch()
+        return fabrics[-1]
+
+    monkeypatch.setattr(train, "make_fabric", make_fabric)
+    whole, halves = (tiny(scenes, tmp_path / name) for name in ("whole", "halves"))
+    run(whole, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Stopped):
+            run(halves, progress=False)
+    scaler = read(halves.out)["precision"]
+    assert (scaler["scale"], scaler["_growth_tracker"]) == (64.0, 3)  # three of the four steps before it grows
+    run(halves, resume=True, progress=False)
+    assert read(halves.out)["precision"]["scale"] == 256.0
+    assert_same_run(halves.out, whole.out)
