@@ -8,8 +8,8 @@ from statistics import median
 import numpy as np
 
 from .config import config_from_arguments
-from .data import VOID, Data, Item, check_image, find_places, load_data, read_mask
-from .sources import find_source
+from .data import Data, check_image, find_places, load_data, read_mask
+from .sources import VOID, Item, find_source
 from .split import checksum
 
 
@@ -40,11 +40,11 @@ def inspect_command(arguments: argparse.Namespace) -> None:
 
 def size_table(data: Data) -> str:
     """Number and sizes of the images of each list."""
-    lines = [f"{'list':10}{'images':>8}   {'width':>20}   {'height':>20}"]
+    lines = [f"{'list':10}{'images':>8}   {'width min/median/max':>21}   {'height min/median/max':>21}"]
     for name, items in (("labeled", data.labeled), ("unlabeled", data.unlabeled), ("val", data.val)):
         sizes = [check_image(item.image) for item in items]
         width, height = (_range(edges) for edges in zip(*sizes, strict=True)) if sizes else ("-", "-")
-        lines.append(f"{name:10}{len(items):8}   {width:>20}   {height:>20}")
+        lines.append(f"{name:10}{len(items):8}   {width:>21}   {height:>21}")
     return "\n".join(lines)
 
 

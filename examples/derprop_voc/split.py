@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import get_args
 
 from .config import ConfigError, hints, make_config
-from .data import VOID, DataError, Item, check_mask
+from .data import check_mask
 from .files import write_bytes
-from .sources import Source, find_source, read_lines
+from .sources import VOID, DataError, Item, Source, find_source, read_lines
 
 LISTS = ("labeled.txt", "unlabeled.txt", "val.txt")
 Lines = dict[Path, tuple[Item, str]]  # image -> its item and the text of its line
@@ -125,6 +125,5 @@ def _check_unused(out: Path, texts: dict[str, str]) -> None:
     """A list that is there and differs may be what somebody's results stand on; a stale val.txt would be used."""
     for path in (out / name for name in LISTS):
         if path.is_file() and path.read_bytes() != texts.get(path.name, "").encode():
-            raise DataError(
-                f"{path}: expected no list, or the same one, found another; remove it or choose another --out"
-            )
+            way_out = "remove it or choose another --out"
+            raise DataError(f"{path}: expected no list, or the same one, found another; {way_out}")

@@ -1,5 +1,6 @@
 """All that changes while training, and its way into checkpoints and back."""
 
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +132,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a checkpoint, found no such file")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load looks at no checksum
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and tensor readers each have their own exceptions
         reason = str(error).split("\n")[0].split(". ")[0]

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,7 +254,10 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.fabric.backward(loss)
                 self.optimizer.step()
-                state.schedule.step()
+                with warnings.catch_warnings():
+                    # The gradient scaler of 16-mixed skips steps that overflow; the schedule counts them all the same.
+                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                    state.schedule.step()
                 state.step += 1
                 epoch_ends = state.step % length.epoch == 0 or state.step == length.run
                 if state.averager and (epoch_ends or config.average_every == "step"):
