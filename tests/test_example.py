@@ -49,7 +49,7 @@ TINY = {
     "accelerator": "cpu",
     "tensorboard": False,
 }
-FILES = {"config.yaml", "curves.png", "latest.pt", "log.jsonl", "panel.png", "results.json"}
+FILES = {"config.yaml", "curves.png", "latest.pt", "log.jsonl", "panel.png", "results.json", "similarity.png"}
 
 
 def flags(options):
@@ -477,7 +477,7 @@ def test_two_steps_of_every_variant(variant, scenes, tmp_path):
     assert results["evaluation"] == {"mode": "original", "images": 2}
     assert results["steps"] == {"run": 2, "epoch": 2}
     assert set(results["seconds"]) == {"train", "evaluate"}
-    assert set(results["versions"]) == {"python", "torch", "torchvision", "torchmetrics", "dlprop"}
+    assert set(results["versions"]) == {"python", "torch", "torchvision", "torchmetrics", "timm", "dlprop"}
     assert (results["last"]["averaged"] is not None) == (variant == "full")
     for scores in filter(None, results["last"].values()):
         for key in ("prediction", "propagated", "blend"):

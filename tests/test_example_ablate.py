@@ -9,7 +9,7 @@ import pytest
 
 from examples.derprop_voc import ablate as ablate_module
 from examples.derprop_voc.__main__ import main
-from examples.derprop_voc.ablate import is_done, make_jobs, markdown, read_grid, run_all, summarise
+from examples.derprop_voc.ablate import draw_quality, is_done, make_jobs, markdown, read_grid, run_all, summarise
 from examples.derprop_voc.config import ConfigError, make_config
 from examples.derprop_voc.demo import CONFIGS
 from examples.derprop_voc.scenes import write_scenes
@@ -31,6 +31,7 @@ def finish(job, trained, averaged=None):
         "evaluation": {"mode": "original"},
         "last": {"trained": scores(trained), "averaged": scores(averaged) if averaged is not None else None},
         "seconds": {"train": 1.0},
+        "history": [{"step": 3, "epoch": 1, "kind": "pseudo", "labeled_prediction": trained}],
     }
     (job.out / "results.json").write_text(json.dumps(results))
 
@@ -100,6 +101,18 @@ def test_table_has_means_and_standard_deviations(tmp_path):
     assert lines[2] == "| a | 3 | 33.0 ± 3.6 | 33.0 ± 3.6 | - | - |"
     assert lines[3] == "| b | 3 | 33.0 ± 3.6 | 33.0 ± 3.6 | 43.0 ± 3.6 | 43.0 ± 3.6 |"
     assert markdown(summarise(jobs[:1])).splitlines()[2] == "| a | 1 | 30.0 | 30.0 | - | - |"
+
+
+def test_curves_are_means_over_seeds(tmp_path, monkeypatch):
+    jobs = make_jobs({}, GRID, [0, 1], tmp_path)
+    for job, value in zip(jobs, (0.2, 0.4, 0.5, 0.5), strict=True):
+        finish(job, value)
+    figures = []
+    monkeypatch.setattr(ablate_module, "write_figure", lambda path, figure: figures.append(figure))
+    draw_quality(tmp_path / "curves.png", jobs)
+    lines = [axis.get_lines()[0].get_xydata().tolist() for axis in figures[0].axes]
+    assert lines == [[[3, pytest.approx(30)]], [[3, pytest.approx(50)]]]
+    assert [axis.get_title(loc="left") for axis in figures[0].axes] == ["a", "b"]
 
 
 @pytest.mark.slow

@@ -432,13 +432,13 @@ def test_truncated_masks_stop_before_training(folder):
         load(folder, partition="half")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_damage_found_while_reading_is_one_line(folder, workers):
+@pytest.mark.parametrize(("workers", "place"), [(0, 8), (1, 8), (0, -1)])  # the pixels; their chunk's length
+def test_damage_found_while_reading_is_one_line(folder, workers, place):
     path = folder / "JPEGImages" / "d.png"
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)).save(stream, "PNG")
     damaged = bytearray(stream.getvalue())
-    damaged[damaged.index(b"IDAT") + 8] ^= 0xFF
+    damaged[damaged.index(b"IDAT") + place] = 0x28
     path.with_suffix(".jpg").unlink()
     path.write_bytes(damaged)
     data = load(folder, partition="half")
@@ -476,7 +476,7 @@ def test_lists_of_other_editors(folder):
         load(folder, partition="half")
 
 
-def test_a_partition_is_a_name_or_a_path(folder, tmp_path, monkeypatch):
+def test_a_partition_is_a_name_or_a_path(folder, tmp_path):
     elsewhere = tmp_path / "elsewhere" / "mine"
     write_list(elsewhere / "labeled.txt", "b")
     write_list(elsewhere / "unlabeled.txt", "c")
@@ -558,10 +558,12 @@ def test_a_split_does_not_depend_on_the_order_and_form_of_the_list(folder, capsy
     assert tuple([Path(line.split()[0]).stem for line in part] for part in long) == short
 
 
-def test_a_list_of_the_data_set_has_a_name(folder, capsys):
-    split(capsys, "--data", folder, "--labeled", 1, "--list", "val.txt", "--out", "new")
-    labeled, unlabeled, _ = read_split(folder / "ImageSets" / "Segmentation" / "new")
-    assert sorted(labeled + unlabeled) == ["y", "z"]
+def test_lists_and_partitions_go_by_name_or_path(folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out, place in (("new", folder / "ImageSets" / "Segmentation" / "new"), ("lists/new", Path("lists/new"))):
+        split(capsys, "--data", folder, "--labeled", 1, "--list", "val.txt", "--out", out)
+        labeled, unlabeled, _ = read_split(place)
+        assert sorted(labeled + unlabeled) == ["y", "z"]
 
 
 def test_holding_out_keeps_the_labelled_list(folder, capsys):
@@ -654,6 +656,7 @@ def test_inspect_counts_pixels_images_and_sizes(folder, capsys):
     picture(folder / "JPEGImages" / "e.jpg", size=(7, 9))
     mask(folder / "SegmentationClass" / "b.png", 2)
     mask(folder / "SegmentationClass" / "c.png", [2, 2, 2, 2, 2, 2, 2, 0])
+    mask(folder / "SegmentationClass" / "z.png", 3)
     code, stdout, _ = command(capsys, "inspect", "--data", folder, "--partition", "half")
     lists = folder / "ImageSets" / "Segmentation"
     assert code == 0
@@ -669,11 +672,11 @@ val              2                       8                       6
 
                       labeled                val
  id  class     pixels  images     pixels  images
-  0  sky      20.83 %       2    50.00 %       2
-  1  road      8.33 %       1    25.00 %       2
-  2  tree     66.67 %       3    12.50 %       2
-  3  car       0.00 %       0     0.00 %       0
-255  void      4.17 %       1    12.50 %       2
+  0  sky      20.83 %       2    25.00 %       1
+  1  road      8.33 %       1    12.50 %       1
+  2  tree     66.67 %       3     6.25 %       1
+  3  car       0.00 %       0    50.00 %       1
+255  void      4.17 %       1     6.25 %       1
 warning: no labelled image contains car
 """
     assert stdout == expected

@@ -16,7 +16,7 @@ from dlprop import DerivativeLabelPropagation
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.augment import to_input
 from examples.derprop_voc.config import make_config
-from examples.derprop_voc.data import read_image
+from examples.derprop_voc.data import Data, read_image
 from examples.derprop_voc.evaluate import _middle, _windows, evaluate, predict, probabilities
 from examples.derprop_voc.files import write_checkpoint
 from examples.derprop_voc.model import Output
@@ -235,7 +235,7 @@ def write_state(path, config, scenes, *, step, seed):
         if state.averager and not state.averager.n_averaged:
             state.averager.update(state.network)
     state.step = step
-    write_checkpoint(path, state.to_dict(config, CLASS_NAMES, epoch=step // 2, precision={}))
+    write_checkpoint(path, state.to_dict(config, Data([], [], [], CLASS_NAMES), epoch=step // 2, precision={}))
 
 
 @pytest.fixture(scope="module")

@@ -193,5 +193,7 @@ def test_weights_that_cannot_be_read(tmp_path):
         network(weights=str(path))
     with pytest.raises(ConfigError, match="weights: expected none, timm or a file, got 'IMAGENET1K_V2'"):
         network(weights="IMAGENET1K_V2")
-    with pytest.raises(ConfigError, match="weights: expected none, IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT or a file, got 'timm'"):
+    with pytest.raises(
+        ConfigError, match="weights: expected none, IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT or a file, got 'timm'"
+    ):
         SegmentationNetwork(make_config({"backbone": "resnet50", "weights": "timm"}), 3)

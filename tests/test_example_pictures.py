@@ -11,6 +11,7 @@ from dlprop import DerivativeLabelPropagation
 from examples.derprop_voc import log, similarity_maps
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.config import make_config
+from examples.derprop_voc.data import Data
 from examples.derprop_voc.files import write_checkpoint
 from examples.derprop_voc.losses import make_propagation
 from examples.derprop_voc.model import Output
@@ -134,7 +135,7 @@ def test_drawn_maps_belong_to_the_pixels_cell(tmp_path, monkeypatch, size, scale
     image = torch.randint(256, (3, 16 * scale, 32 * scale), dtype=torch.uint8)
     image[:, :, 16 * scale :] //= 4
     config, network = make_config({"image_size": size, "affinity": "softmax"}), Blocks()
-    row, column = 8 * scale, 24 * scale - 1  # the first row of the second line of cells, the last column of the third
+    row, column = 8 * scale - 1, 25 * scale  # in cell (0, 3); grids that align corners would give another
     path = tmp_path / "maps.png"
     draw_similarity_maps(path, network, config, image, (row, column), class_names=("dark", "light"), title="a title")
     with Image.open(path) as picture:
@@ -155,7 +156,7 @@ def test_drawn_maps_belong_to_the_pixels_cell(tmp_path, monkeypatch, size, scale
     cells = worked.float().unflatten(2, (4, 8)).unflatten(1, (2, 8)).mean((2, 4)).flatten(1).T / 255
     features = torch.cat([cells, 1 - cells], 1)
     features = features / features.sum(1, keepdim=True)
-    np.testing.assert_allclose(axes[2].images[0].get_array().ravel(), features @ features[1 * 4 + 2], rtol=2e-3)
+    np.testing.assert_allclose(axes[2].images[0].get_array().ravel(), features @ features[3], rtol=2e-3)
 
 
 def test_the_mark_of_the_centre_and_the_derivative_losss_order(tmp_path, monkeypatch):
@@ -177,7 +178,7 @@ def checkpoint(tmp_path_factory):
     config = make_config(TINY | {"accelerator": "cpu", "out": str(out)})
     with torch.random.fork_rng():
         state = make_state(config, len(CLASS_NAMES), torch.device("cpu"), 10, initialise=False)
-        write_checkpoint(out / "latest.pt", state.to_dict(config, CLASS_NAMES, epoch=0, precision={}))
+        write_checkpoint(out / "latest.pt", state.to_dict(config, Data([], [], [], CLASS_NAMES), epoch=0, precision={}))
     image, _ = make_scene(np.random.default_rng(0), (40, 48))
     Image.fromarray(image).save(out / "scene.png")
     return out / "latest.pt", out / "scene.png"

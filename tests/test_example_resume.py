@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -390,9 +391,21 @@ def test_an_option_that_matters_must_not_change(name, value, stopped, scenes, tm
 
 def test_other_class_names_are_refused(stopped, scenes):
     config = tiny(scenes, stopped)
-    check_resumable(stopped / "latest.pt", read(stopped), config, CLASS_NAMES)
+    data = load_data(config)
+    check_resumable(stopped / "latest.pt", read(stopped), config, data)
     with pytest.raises(ConfigError, match=r"class_names: .*latest\.pt was made with \['background', .*, found \['a'\]"):
-        check_resumable(stopped / "latest.pt", read(stopped), config, ("a",))
+        check_resumable(stopped / "latest.pt", read(stopped), config, replace(data, class_names=("a",)))
+
+
+@pytest.mark.parametrize("name", ["labeled", "unlabeled"])
+def test_other_lists_are_refused(name, stopped, scenes, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    path = data / "ImageSets" / "Segmentation" / "demo" / f"{name}.txt"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert main(command(tiny(data, stopped), tmp_path, "--resume")) == BAD_INPUT
+    assert "partition: " in (error := one_line(capsys))
+    assert error.endswith("latest.pt was made with other lists of images than demo holds now\n")
 
 
 def test_free_options_may_change(stopped, runs, scenes, tmp_path):
@@ -497,6 +510,20 @@ def test_a_full_disk_leaves_the_checkpoint(runs, scenes, tmp_path):
     assert not list(out.glob(".*"))
     run(tiny(scenes, out), resume=True, progress=False)
     assert_same_run(out, runs["eval"][0].out)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "panel.png", "results.json"])
+def test_no_space_for_another_file_is_one_line(name, stopped, scenes, tmp_path, monkeypatch, capsys):
+    replace_file = Path.replace
+
+    def full(self, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        return replace_file(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert main(command(tiny(scenes, stopped), tmp_path, "--resume")) == BAD_INPUT
+    assert one_line(capsys) == f"error: {stopped / name}: No space left on device\n"
 
 
 @pytest.mark.parametrize("first", [False, True])

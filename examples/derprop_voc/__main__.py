@@ -1,10 +1,11 @@
 """Command line: `python -m examples.derprop_voc <command>`; `--help` on a command lists its options.
 
-Exit codes: 0 done, 1 unforeseen error (with its traceback), 2 bad options or data (one line says which), 3 the loss
-diverged, 130 interrupted.
+Exit codes: 0 done, 1 unforeseen error (with its traceback), 2 bad options, data or checkpoint, or a folder that cannot
+be written (one line says which), 3 the loss diverged, 130 interrupted.
 """
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -22,6 +23,7 @@ from .split import add_split_arguments, split_command
 from .train import DivergedError, run
 
 DONE, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 2, 3, 130
+UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
 
 
 def train_command(arguments: argparse.Namespace) -> None:
@@ -69,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run_command(arguments)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return BAD_INPUT
     except DivergedError as error:
         print(f"diverged: {error}", file=sys.stderr)

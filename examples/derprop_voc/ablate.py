@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, ConfigError, add_config_arguments, make_config, read_yaml, values_from_arguments
+from .figures import INK, new_figure, write_figure
 from .files import write_bytes, write_json, write_yaml
 from .state import FREE_OPTIONS
 
@@ -73,7 +74,8 @@ def ablate(arguments: argparse.Namespace) -> None:
         rows = summarise(done)
         write_json(out / "table.json", {"rows": rows})
         write_bytes(out / "table.md", (markdown(rows) + "\n").encode())
-        print(f"\n{markdown(rows)}\n\nWrote {out}/table.md and {out}/table.json.")
+        draw_quality(out / "curves.png", done)
+        print(f"\n{markdown(rows)}\n\nWrote {out}/table.md, table.json and curves.png.")
     if failed:
         raise ConfigError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}")
 
@@ -121,7 +123,7 @@ def is_done(job: Job) -> bool:
     path = job.out / "results.json"
     if not path.is_file():
         return False
-    found, expected = json.loads(path.read_text(encoding="utf-8"))["config"], job.config.to_dict()
+    found, expected = read_results(job)["config"], job.config.to_dict()
     for name, value in expected.items():
         if name not in FREE_OPTIONS and found.get(name) != value:
             raise ConfigError(f"{path}: {name} is {found.get(name)!r} there, {value!r} here; choose another --out")
@@ -174,7 +176,7 @@ def summarise(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """One row a variant: options, seeds, the values of every column, their mean and sample standard deviation."""
     rows: dict[str, dict[str, Any]] = {}
     for job in jobs:
-        results = json.loads((job.out / "results.json").read_text(encoding="utf-8"))
+        results = read_results(job)
         row = rows.setdefault(
             job.variant, {"variant": job.variant, "mode": results["evaluation"]["mode"], "seeds": [], "columns": {}}
         )
@@ -200,6 +202,53 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [_cell(row["columns"].get(title)) for title in titles]
         lines.append(f"| {row['variant']} | {len(row['seeds'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw_quality(path: Path, jobs: Sequence[Job]) -> None:
+    """Writes learning curves, a plot a variant: mIoU on training crops, the mean over seeds.
+
+    What was not measured (`measure_pseudo_labels`) is left out; without any of it there is no picture.
+    """
+    curves: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for job in jobs:
+        for entry in read_results(job)["history"]:
+            if entry["kind"] == "pseudo":
+                for name, value in entry.items():
+                    if name not in ("step", "epoch", "kind"):
+                        of_variant = curves.setdefault(job.variant, {})
+                        of_variant.setdefault(name, {}).setdefault(entry["step"], []).append(value)
+    if not curves:
+        return
+    names = list(dict.fromkeys(name for of_variant in curves.values() for name in of_variant))
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = new_figure(3.6 * columns, 2.9 * rows + 0.6, layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axis in axes[len(curves) :]:
+        axis.set_axis_off()
+    for axis, (variant, of_variant) in zip(axes, curves.items(), strict=False):
+        for index, name in enumerate(names):
+            points = sorted((step, 100 * statistics.mean(values)) for step, values in of_variant.get(name, {}).items())
+            style = "--" if name.startswith("labeled") else "-"
+            axis.plot(
+                *zip(*points, strict=True) if points else ([], []), style, color=f"C{index}", linewidth=1.4, label=name
+            )
+        axis.set_title(variant, loc="left", fontsize=11, color=INK, fontweight="bold")
+        axis.grid(color="#e4e7ec", linewidth=0.6)
+        axis.tick_params(labelsize=8, colors=INK)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    figure.supxlabel("optimiser step", fontsize=9, color=INK)
+    figure.supylabel("mIoU on training crops, percent", fontsize=9, color=INK)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
+    write_figure(path, figure)
+
+
+def read_results(job: Job) -> dict[str, Any]:
+    """What a finished run wrote."""
+    results: dict[str, Any] = json.loads((job.out / "results.json").read_text(encoding="utf-8"))
+    return results
 
 
 def _cell(column: Mapping[str, Any] | None) -> str:

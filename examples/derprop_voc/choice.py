@@ -47,7 +47,11 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, several: bool) -> N
     taken = "latest.pt and, if there is one, best.pt" if several else "latest.pt"
     source.add_argument("--run", type=Path, metavar="FOLDER", help=f"run folder; takes its {taken}")
     source.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", nargs="+" if several else 1, help="checkpoints" if several else None
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        nargs="+" if several else 1,
+        help="checkpoints" if several else "a checkpoint",
     )
 
 
@@ -86,7 +90,7 @@ def load_finished(paths: Sequence[Path], device: torch.device) -> list[Finished]
         networks, config, class_names = load_networks(path)
         # The same arithmetic as while training, to the last bit.
         layout = torch.channels_last if config.channels_last else torch.preserve_format
-        networks = {key: network.to(device, memory_format=layout) for key, network in networks.items()}
+        networks = {key: network.to(device).to(memory_format=layout) for key, network in networks.items()}
         finished.append(Finished(name, path, **progress, networks=networks, config=config, class_names=class_names))
     return finished
 

@@ -4,6 +4,8 @@ Headers and ends of all images are checked, and the masks of labelled and valida
 thousands of images. Damage in the middle of an image shows when it is read, as the same one-line error.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +38,12 @@ class Data:
     unlabeled: list[Item]
     val: list[Item]
     class_names: tuple[str, ...]
+
+
+def digest(data: Data) -> str:
+    """SHA-256 of the ids of both training lists, in order: what the order of batches stands on."""
+    names = [[item.name for item in items] for items in (data.labeled, data.unlabeled)]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -202,7 +210,7 @@ class SegmentationDataset(Dataset[Sample]):
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
                 if seed is not None:
-                    torch.manual_seed(seed)
+                    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA's generators, too
                 sample = self.transform(sample)
         return sample | {"name": self.items[index].name}
 

@@ -3,12 +3,24 @@
 import io
 import json
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+import torchmetrics
+import torchvision
 import yaml
+
+import dlprop
+
+
+def versions() -> dict[str, str]:
+    """What every result says it was made with."""
+    libraries = {module.__name__: module.__version__ for module in (torch, torchvision, torchmetrics, timm, dlprop)}
+    return {"python": platform.python_version()} | libraries
 
 
 class CheckpointError(ValueError):

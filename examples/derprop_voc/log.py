@@ -1,17 +1,14 @@
 """The numbers of a run while it trains: JSON lines, TensorBoard and learning curves."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from .figures import INK, new_figure, write_figure
 from .files import write_bytes
-from .panels import INK, PAPER
 
 LOSSES = ("loss", "ce_l", "ce_l_propagated", "ce_u", "ce_u_propagated", "kl", "der_l", "der_u")
 
@@ -89,8 +86,7 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         curves = {name: points for name, points in curves.items() if points}
         if curves:
             shown.append((title, curves, scale))
-    figure = Figure(figsize=(8, 2.9 * max(1, len(shown))), facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 2.9 * max(1, len(shown)), layout="constrained")
     axes = figure.subplots(len(shown) or 1, 1, sharex=True, squeeze=False)[:, 0]
     for axis, (title, curves, scale) in zip(axes, shown, strict=False):
         for name, points in curves.items():
@@ -109,6 +105,4 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
             axis.spines[side].set_visible(False)
     if shown:
         axis.set_xlabel("optimiser step", fontsize=9, color=INK)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, facecolor=PAPER)
-    write_bytes(path, buffer.getvalue())
+    write_figure(path, figure)

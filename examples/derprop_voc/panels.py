@@ -1,6 +1,5 @@
 """Pictures: rows of images with their label maps side by side, and a legend of the classes."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import nn
 from torch.nn import functional as F
@@ -18,9 +15,9 @@ from dlprop import DerivativeLabelPropagation
 
 from .data import VOID, SegmentationDataset
 from .evaluate import predict
-from .files import write_bytes
+from .figures import FRAME, INK, new_figure, write_figure
 
-INK, PAPER, VOID_COLOUR = "#22262b", "#ffffff", (1.0, 1.0, 1.0)
+VOID_COLOUR = (1.0, 1.0, 1.0)
 
 
 def class_colours(count: int) -> np.ndarray:
@@ -82,8 +79,7 @@ def draw_panel(
     legend_lines = -(-len(class_names) // per_line)
     top, bottom = 0.95, 0.2 + 0.24 * legend_lines
     size = (cell * len(columns) + 0.3, cell_height * len(rows) + 0.08 * (len(rows) - 1) + top + bottom)
-    figure = Figure(figsize=size, facecolor=PAPER)
-    FigureCanvasAgg(figure)
+    figure = new_figure(*size)
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     figure.subplots_adjust(
         left=0.15 / size[0],
@@ -100,7 +96,7 @@ def draw_panel(
             axis.set_xticks([])
             axis.set_yticks([])
             for spine in axis.spines.values():
-                spine.set(color="#c9ced6", linewidth=0.6)
+                spine.set(color=FRAME, linewidth=0.6)
     for axis, name in zip(grid[0], columns, strict=True):
         note = (notes or {}).get(name, "")
         axis.annotate(name, (0.5, 1), xytext=(0, 17), textcoords="offset points", xycoords="axes fraction", ha="center",
@@ -110,7 +106,7 @@ def draw_panel(
     figure.text(0.15 / size[0], 1 - 0.12 / size[1], title, fontsize=13, color=INK, fontweight="bold", va="top")
     figure.legend(
         handles=[
-            Patch(facecolor=colour, edgecolor="#c9ced6", linewidth=0.6, label=name)
+            Patch(facecolor=colour, edgecolor=FRAME, linewidth=0.6, label=name)
             for name, colour in zip([*class_names, "void"], [*colours, VOID_COLOUR], strict=True)
         ],
         loc="lower center",
@@ -122,6 +118,4 @@ def draw_panel(
         columnspacing=1.3,
         labelcolor=INK,
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, facecolor=PAPER)
-    write_bytes(path, buffer.getvalue())
+    write_figure(path, figure)

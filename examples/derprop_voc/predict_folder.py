@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
@@ -28,9 +26,10 @@ from .choice import (
 from .config import ConfigError
 from .data import check_image, read_image
 from .evaluate import predict
+from .figures import FRAME, INK, new_figure, write_figure
 from .files import write_bytes
 from .losses import make_propagation
-from .panels import INK, PAPER, class_colours
+from .panels import class_colours
 from .sources import IMAGE_SUFFIXES, DataError
 
 # A centre crop covers a part of the image only, so it is no way to make a mask.
@@ -159,13 +158,12 @@ def draw_legend(path: Path, class_names: Sequence[str]) -> None:
     """Writes a PNG with the colour, id and name of every class."""
     columns = -(-len(class_names) // 16)
     lines = -(-len(class_names) // columns)
-    figure = Figure(figsize=(3 * columns, 0.25 * lines), facecolor=PAPER)  # cut to the legend below
-    FigureCanvasAgg(figure)
+    figure = new_figure(3 * columns, 0.25 * lines)  # cut to the legend below
     figure.legend(
         handles=[
             Patch(
                 facecolor=colour,
-                edgecolor="#c9ced6",
+                edgecolor=FRAME,
                 linewidth=0.6,
                 label=f"{str(index).rjust(3, FIGURE_SPACE)}  {name}",
             )
@@ -179,6 +177,4 @@ def draw_legend(path: Path, class_names: Sequence[str]) -> None:
         handleheight=1.1,
         labelcolor=INK,
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, facecolor=PAPER, bbox_inches="tight")
-    write_bytes(path, buffer.getvalue())
+    write_figure(path, figure, bbox_inches="tight")

@@ -1,18 +1,11 @@
 """`evaluate`: the networks of finished checkpoints on the validation images, as a table and as JSON."""
 
 import argparse
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
-
-import torch
-import torchmetrics
-import torchvision
-
-import dlprop
 
 from .choice import (
     Finished,
@@ -26,7 +19,7 @@ from .choice import (
 from .config import Config, ConfigError, hints, make_config
 from .data import Data, SegmentationDataset, load_data
 from .evaluate import evaluate
-from .files import write_json
+from .files import versions, write_json
 from .losses import make_propagation
 
 DATA_OPTIONS = ("dataset", "data", "partition")
@@ -116,13 +109,7 @@ def score_checkpoints(
         "classes": list(data.class_names),
         "checkpoints": checkpoints,
         "seconds": round(time.perf_counter() - start, 2),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "torchmetrics": torchmetrics.__version__,
-            "dlprop": dlprop.__version__,
-        },
+        "versions": versions(),
     }
 
 

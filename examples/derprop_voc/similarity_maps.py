@@ -1,14 +1,12 @@
 """`similarity`: what one pixel of an image is similar to, order by order, as a picture."""
 
 import argparse
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
@@ -28,10 +26,8 @@ from .choice import (
 )
 from .config import Config, ConfigError
 from .data import read_image
-from .files import write_bytes
-from .panels import INK, PAPER, class_colours
-
-FRAME = "#c9ced6"
+from .figures import FRAME, INK, new_figure, write_figure
+from .panels import class_colours
 
 
 def add_similarity_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,9 +164,7 @@ def draw_similarity_maps(
         handlelength=1.1,
         labelcolor=INK,
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, facecolor=PAPER)
-    write_bytes(path, buffer.getvalue())
+    write_figure(path, figure)
 
 
 def _sum_title(config: Config) -> str:
@@ -186,8 +180,7 @@ def _grid(count: int, ratio: float) -> tuple[Figure, list[Axes]]:
     rows = -(-count // columns)
     cell = 3.6  # inches, colour bar included
     size = (cell * columns, (0.83 * cell / ratio + 0.4) * rows + 0.75)
-    figure = Figure(figsize=size, facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(*size, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[count:]:
         axis.set_axis_off()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dlprop import MomentumAverager
 
 from .config import Config, ConfigError, make_config
+from .data import Data, digest
 from .distributed import gathered
 from .files import CheckpointError
 from .losses import AdaptiveThreshold
@@ -38,9 +39,7 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
 
-    def to_dict(
-        self, config: Config, class_names: tuple[str, ...], *, epoch: int, precision: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def to_dict(self, config: Config, data: Data, *, epoch: int, precision: Mapping[str, Any]) -> dict[str, Any]:
         """Tensors and plain values only, for `torch.load(weights_only=True)`. All processes must call this."""
         cuda = torch.cuda.get_rng_state() if self.threshold.value.is_cuda else None
         return {
@@ -57,7 +56,8 @@ class State:
             "history": self.history,
             "best": self.best,
             "config": config.to_dict(),
-            "class_names": list(class_names),
+            "class_names": list(data.class_names),
+            "lists": digest(data),
         }
 
     def restore(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
@@ -98,6 +98,7 @@ KEYS: dict[str, type | UnionType] = {
     "best": dict | None,
     "config": dict,
     "class_names": list,
+    "lists": str,
 }
 
 
@@ -155,14 +156,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_resumable(path: Path, checkpoint: Mapping[str, Any], config: Config, class_names: tuple[str, ...]) -> None:
-    """Raises `ConfigError` at the first option or class list that differs from the checkpoint's run."""
+def check_resumable(path: Path, checkpoint: Mapping[str, Any], config: Config, data: Data) -> None:
+    """Raises `ConfigError` at the first option, class list or training list that differs from the checkpoint's run."""
     expected = config.to_dict()
     for name, value in checkpoint["config"].items():
         if name not in FREE_OPTIONS and expected.get(name) != value:
             raise ConfigError(f"{name}: {path} was made with {value!r}, this run has {expected.get(name)!r}")
-    if list(class_names) != checkpoint["class_names"]:
-        raise ConfigError(f"class_names: {path} was made with {checkpoint['class_names']}, found {list(class_names)}")
+    if list(data.class_names) != checkpoint["class_names"]:
+        raise ConfigError(
+            f"class_names: {path} was made with {checkpoint['class_names']}, found {list(data.class_names)}"
+        )
+    if digest(data) != checkpoint["lists"]:
+        raise ConfigError(f"partition: {path} was made with other lists of images than {config.partition} holds now")
 
 
 def check_state(path: Path, name: str, found: Mapping[str, Any] | None, expected: Mapping[str, Any]) -> None:

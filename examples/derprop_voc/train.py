@@ -2,7 +2,6 @@
 
 import math
 import os
-import platform
 import time
 import warnings
 from collections.abc import Iterator
@@ -11,27 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchmetrics
-import torchvision
 from lightning_fabric import Fabric
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import dlprop
-
 from .augment import Augment, cutmix, cutmix_boxes
 from .config import Config, ConfigError
-from .data import Data, SeededBatches, SegmentationDataset, collate, load_data
+from .data import Data, SeededBatches, SegmentationDataset, collate, load_data, read_image
 from .distributed import gathered, global_mean, highest, rank, share, total, world_size
 from .evaluate import evaluate
-from .files import CheckpointError, write_checkpoint, write_json, write_yaml
+from .files import CheckpointError, versions, write_checkpoint, write_json, write_yaml
 from .log import Log, draw_curves
 from .losses import Objective
 from .model import Output
 from .panels import draw_panel, prediction_rows
 from .quality import PseudoLabelQuality
+from .similarity_maps import draw_similarity_maps
 from .state import State, check_resumable, make_state, read_checkpoint
 
 LOG_EVERY = 10
@@ -130,7 +126,7 @@ def _run(fabric: Fabric, config: Config, data: Data, *, resume: bool, progress: 
     latest = out / "latest.pt"
     checkpoint = read_checkpoint(latest) if resume and latest.exists() else None
     if checkpoint:
-        check_resumable(latest, checkpoint, config, data.class_names)
+        check_resumable(latest, checkpoint, config, data)
 
     torch.manual_seed(config.seed)
     state = make_state(config, len(data.class_names), fabric.device, length.run, initialise=checkpoint is None)
@@ -170,18 +166,13 @@ def _run(fabric: Fabric, config: Config, data: Data, *, resume: bool, progress: 
         "device": str(fabric.device),
         "processes": world_size(),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "torchmetrics": torchmetrics.__version__,
-            "dlprop": dlprop.__version__,
-        },
+        "versions": versions(),
         "config": config.to_dict(),
     }
     if fabric.is_global_zero:
         draw_curves(out / "curves.png", state.history)
         trainer.draw_panel(out / "panel.png", last)
+        trainer.draw_similarity(out / "similarity.png")
         write_json(out / "results.json", results)
     fabric.barrier()
     return results
@@ -291,7 +282,6 @@ class Trainer:
 
     def draw_panel(self, path: Path, scores: dict[str, dict[str, Any]] | None = None) -> None:
         """Writes validation images with what the tested network makes of them, and its scores if given."""
-        network = self.state.averager.module if self.state.averager else self.state.network.eval()
         tested = list(scores.values())[-1] if scores else {}
         notes = {
             "without propagation": f"P, mIoU {100 * tested['prediction']['miou']:.1f}" if tested else "P",
@@ -301,9 +291,20 @@ class Trainer:
         form = config.affinity if config.affinity == "softmax" else f"linear, {config.scale}"
         detached = ", logits detached" if config.detach_logits and config.propagates else ""
         title = f"{config.variant} (affinity: {form}{detached}), seed {config.seed}, step {self.state.step}"
-        rows = prediction_rows(network, self.objective.propagate, self.val, config.panel_images)
+        rows = prediction_rows(self._tested(), self.objective.propagate, self.val, config.panel_images)
         draw_panel(path, rows, self.data.class_names, title=title, notes=notes)
         self.state.network.train()
+
+    def draw_similarity(self, path: Path) -> None:
+        """Writes the similarity maps of the middle pixel of the first validation image."""
+        item = self.data.val[0]
+        title = f"{item.name}, {self.config.variant}, step {self.state.step}"
+        image = read_image(item.image).as_subclass(Tensor)
+        draw_similarity_maps(path, self._tested(), self.config, image, class_names=self.data.class_names, title=title)
+        self.state.network.train()
+
+    def _tested(self) -> nn.Module:
+        return self.state.averager.module if self.state.averager else self.state.network.eval()
 
     def _end_epoch(self) -> None:
         """Log, validation and checkpoints; nothing here draws random numbers."""
@@ -324,7 +325,7 @@ class Trainer:
         if config.panel_every and epoch % config.panel_every == 0 and self.fabric.is_global_zero:
             self.draw_panel(self.out / "panels" / f"epoch_{epoch:04d}.png")
         precision = self.fabric.strategy.precision.state_dict()
-        values = state.to_dict(config, self.data.class_names, epoch=epoch, precision=precision)
+        values = state.to_dict(config, self.data, epoch=epoch, precision=precision)
         if self.fabric.is_global_zero:
             if is_best:
                 write_checkpoint(self.out / "best.pt", values)
