@@ -71,7 +71,7 @@ def test_shipped_grids_are_valid(tmp_path):
     paths = sorted((CONFIGS / "grids").glob("*.yaml"))
     assert paths
     for path in paths:
-        assert make_jobs({}, read_grid(path), [0], tmp_path)
+        assert make_jobs({}, {str(i): options for i, options in enumerate(read_grid(path).values())}, [0], tmp_path)
 
 
 def test_finished_runs_are_kept_if_they_are_of_the_same_options(tmp_path):
@@ -172,3 +172,15 @@ def test_defaults_of_a_grid_are_checked_before_anything_runs(tmp_path, capsys):
     assert main(["ablate", f"--grid={grid}", f"--out={tmp_path / 'out'}"]) == 2
     assert capsys.readouterr().err == "error: lr: expected a number, got 'fast'\n"
     assert make_config({}).lr == 0.001
+
+
+def test_the_readme_shows_the_tables_of_the_results():
+    readme = (CONFIGS.parent / "README.md").read_text()
+    folders = [path.parent for path in (CONFIGS.parent / "results").glob("*/table.json")]
+    assert folders
+    for folder in folders:
+        table = (folder / "table.md").read_text()
+        rows = json.loads((folder / "table.json").read_text())["rows"]
+        assert table.rstrip("\n") == markdown(rows)
+        assert table in readme, f"README.md lacks {folder.name}/table.md as it is"
+        assert f"results/{folder.name}/curves.png" in readme

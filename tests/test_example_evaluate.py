@@ -423,3 +423,27 @@ def test_evaluate_needs_one_mode_one_window_and_the_same_classes(finished, scene
     capsys.readouterr()
     assert main(["evaluate", "--run", str(finished), "--data", str(renamed)]) == 2
     assert "latest.pt was made with ['background', " in capsys.readouterr().err
+
+
+def test_a_sweep_scores_other_propagations_of_the_same_network(finished, scenes, tmp_path, capsys):
+    grid, out = tmp_path / "grid.yaml", tmp_path / "sweep.json"
+    grid.write_text("own: {order_weights: [20, 20]}\nplain: {}\nlinear: {affinity: linear, normalize: l1}\n")
+    where = ["--run", str(finished), "--accelerator", "cpu", "--data", str(scenes)]
+    command = ["sweep", *where, "--grid", str(grid), "--out", str(out)]
+    assert main(command) == 0
+    assert "| linear |" in capsys.readouterr().out
+    rows = {row["setting"]: row for row in json.loads(out.read_text())["rows"]}
+    assert len({row["prediction"] for row in rows.values()}) == 1
+    assert len({row["blend"] for row in rows.values()}) == 3
+    assert (rows["plain"]["affinity"], rows["plain"]["order_weights"]) == ("softmax", [])
+    assert main(["evaluate", *where, "--out", str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())["checkpoints"][0]
+    expected = scores["networks"][scores["tested"]]
+    assert all(rows["own"][key] == expected[key]["miou"] for key in ("prediction", "propagated", "blend"))
+    assert main([*command, "--network", "trained"]) == 0
+    assert json.loads(out.read_text())["rows"][0]["propagated"] == scores["networks"]["trained"]["propagated"]["miou"]
+
+    capsys.readouterr()
+    grid.write_text("own: {lr: 1}\n")
+    assert main(command) == 2
+    assert "grid: own: expected options of affinity, scale" in capsys.readouterr().err

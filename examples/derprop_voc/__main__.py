@@ -20,6 +20,7 @@ from .predict_folder import add_predict_arguments, predict_command
 from .scoring import add_evaluate_arguments, score
 from .similarity_maps import add_similarity_arguments, similarity_command
 from .split import add_split_arguments, split_command
+from .sweep import add_sweep_arguments, sweep
 from .train import DivergedError, run
 
 DONE, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 2, 3, 130
@@ -54,6 +55,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     "evaluate": ("score the checkpoints of a run, class by class", add_evaluate_arguments, score),
     "predict": ("colour masks and overlays for a folder of images", add_predict_arguments, predict_command),
     "similarity": ("what one pixel of an image is similar to", add_similarity_arguments, similarity_command),
+    "sweep": ("other propagation settings on a finished network", add_sweep_arguments, sweep),
     "ablate": ("run a grid of variants and seeds, and write their table", add_ablate_arguments, ablate),
 }
 

@@ -32,6 +32,15 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     modes = get_args(hints()["evaluation"])
     parser.add_argument("--mode", choices=modes, help="how images are scored (default: the run's `evaluation`)")
     parser.add_argument("--window", type=int, help="edge of the windows and of the crop (default: the run's crop_size)")
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--out", type=Path, help="JSON file (default: evaluation_<mode>.json beside the first checkpoint)"
+    )
+    add_machine_arguments(parser)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say where a run's data lies now."""
     for item in fields(Config):
         if item.name in DATA_OPTIONS:
             kind = hints()[item.name]
@@ -40,19 +49,19 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
                 choices=get_args(kind) if get_origin(kind) else None,
                 help=f"{item.metadata['help']} (default: the run's)",
             )
-    parser.add_argument(
-        "--out", type=Path, help="JSON file (default: evaluation_<mode>.json beside the first checkpoint)"
-    )
-    add_machine_arguments(parser)
+
+
+def data_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_data_arguments` that were given."""
+    return {name: getattr(arguments, name) for name in DATA_OPTIONS if getattr(arguments, name) is not None}
 
 
 def score(arguments: argparse.Namespace) -> None:
     """Scores the chosen checkpoints, prints the table and writes the JSON."""
     device = make_device(arguments.accelerator, arguments.threads)
     paths = checkpoint_files(arguments, best=True)
-    overrides = {name: getattr(arguments, name) for name in DATA_OPTIONS if getattr(arguments, name) is not None}
     results = score_checkpoints(
-        load_finished(paths, device), mode=arguments.mode, window=arguments.window, overrides=overrides
+        load_finished(paths, device), mode=arguments.mode, window=arguments.window, overrides=data_overrides(arguments)
     )
     out = arguments.out or paths[0].parent / f"evaluation_{results['mode']}.json"
     write_json(out, results | {"device": str(device)})
@@ -85,7 +94,7 @@ def score_checkpoints(
     else:
         window = checked_window(_settled("window", window, [item.config.crop_size for item in finished]))
     config = make_config(finished[0].config.to_dict() | dict(overrides or {}))
-    data = _validation_data(config)
+    data = validation_data(config)
     for item in finished:
         if item.class_names != data.class_names:
             raise ConfigError(
@@ -121,7 +130,7 @@ def _settled(name: str, given: Value | None, own: Sequence[Value]) -> Value:
     return own[0] if given is None else given
 
 
-def _validation_data(config: Config) -> Data:
+def validation_data(config: Config) -> Data:
     """The data of a run without its unlabelled list, which scoring does not need."""
     return load_data(make_config(config.to_dict() | {"variant": "supervised"}))
 
