@@ -17,7 +17,7 @@ from dlprop import DerivativeLabelPropagation
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene
 
 torch.manual_seed(0)
-image, truth = make_scene(np.random.default_rng(14), (120, 160))
+image, truth = make_scene(np.random.default_rng(8), (120, 160))
 H, W = truth.shape
 
 
@@ -43,8 +43,8 @@ red, green, blue = F.avg_pool2d(pixels, 5, stride=1, padding=2, count_include_pa
 axes = [red + green + blue, red - green, red + green - 2 * blue]
 axes = [(x - x.min()) / (x.max() - x.min()) for x in axes]
 y, x = torch.meshgrid(torch.linspace(0, 1, H), torch.linspace(0, 1, W), indexing="ij")
-position = products(soft_bins(y, 5, 1.5), soft_bins(x, 7, 1.5))
-colour = products(*(soft_bins(axis, bins, 1.0) for axis, bins in zip(axes, (3, 4, 4), strict=True)))
+position = products(soft_bins(y, 6, 1.5), soft_bins(x, 8, 1.5))
+colour = products(*(soft_bins(axis, bins, 1.0) for axis, bins in zip(axes, (2, 5, 5), strict=True)))
 feats = products(position, colour)[None]
 
 # %%

@@ -46,13 +46,9 @@ parts = {
     "order 1": np.subtract(pairs, order0),
     "sparsity": np.subtract(whole, pairs),
 }
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-left.stackplot(amounts, parts.values(), labels=parts, colors=("#2a6f97", "#8ab6d6", "#f4a259"))
-left.set(xlabel="share of noise", ylabel="loss", title="its parts")
-left.legend(loc="lower right", fontsize=9)
 
 # %%
-# On the right: gradient descent from noise alone, on the features themselves.
+# Gradient descent from noise alone, on the features themselves:
 
 V = noise.clone().requires_grad_()
 optimizer = torch.optim.Adam([V], lr=0.03)
@@ -63,6 +59,11 @@ for _ in range(200):
     loss.backward()
     optimizer.step()
     history.append(loss.item())
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+left.stackplot(amounts, parts.values(), labels=parts, colors=("#2a6f97", "#8ab6d6", "#f4a259"))
+left.set(xlabel="share of noise", ylabel="loss", title="its parts")
+left.legend(loc="lower right", fontsize=9)
 right.plot(history, color="#c8553d", lw=2)
 right.set(xlabel="step", title="descent from noise", ylim=(0, None))
 for ax in (left, right):

@@ -3,8 +3,8 @@ How time grows with the image
 =============================
 
 The same product, `L S`, evaluated with the M x M matrix (`backend="dense"`) and as a low-rank product (the default).
-The times are those of the machine that built this page, best of a few runs at small sizes; what counts is the slope.
-For measured figures with their machine see the benchmarks page.
+The times are processor seconds of one thread on the machine that built this page, at small sizes; what counts is the
+slope. For measured figures with their machine see the benchmarks page.
 """
 
 import time
@@ -15,6 +15,7 @@ import torch
 
 from dlprop import DerivativeLabelPropagation
 
+torch.set_num_threads(1)
 C, D = 21, 64
 
 
@@ -22,9 +23,9 @@ def seconds(propagate, size):
     logits, feats = torch.randn(1, C, size, size), torch.rand(1, D, size, size)
     times = []
     for _ in range(4):  # the first run warms up
-        start = time.perf_counter()
+        start = time.process_time()
         propagate(logits, feats)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
@@ -35,16 +36,16 @@ curves = {
     "low rank": (np.square(large), [seconds(low_rank, size) for size in large], 1, "#2a6f97"),
 }
 
+# %%
+# Memory needs no clock: the matrix has M x M entries, the low-rank form little more than its inputs.
+
 fig, (ax, bytes_ax) = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained")
 for name, (M, t, power, colour) in curves.items():
     ax.loglog(M, t, "o-", color=colour, label=name)
     through = t[-1] * (M / M[-1]) ** power
     ax.loglog(M, through, ":", color=colour, label=f"grows like M{'' if power == 1 else '²'}")
-ax.set(xlabel="pixels M", ylabel="seconds", title="time, one image")
+ax.set(xlabel="pixels M", ylabel="processor seconds", title="time, one image")
 ax.legend(frameon=False)
-
-# %%
-# Memory needs no clock: the matrix has M x M entries, the low-rank form a prototype a class and its result.
 
 M = np.logspace(2, 6.5, 50)
 bytes_ax.loglog(M, 4 * M**2 / 2**30, color="#c8553d", label="M x M matrix")
