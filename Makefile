@@ -42,5 +42,5 @@ docs: .venv/installed-docs
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
 
 clean:
-	rm -rf .venv build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf .venv build dist docs/_build docs/auto_gallery docs/sg_execution_times.rst .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
