@@ -163,7 +163,7 @@ def test_frame_scores_of_one_region_sum_to_its_sources():
 def export_propagation(**options):
     """The Module and its exported program, with every size free."""
     propagate = DerivativeLabelPropagation(**options).eval()
-    N, H, W, h, w = (Dim(name, min=2) for name in "NHWhw")
+    N, H, W, h, w = (Dim(name, min=2, max=1024) for name in "NHWhw")
     shapes = {"logits": {0: N, 2: H, 3: W}, "feats": {0: N, 2: h, 3: w}}
     example = (torch.randn(2, 5, 24, 26), torch.rand(2, 16, 12, 13))
     return propagate, export(propagate, example, dynamic_shapes=shapes)
