@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
 BIN := .venv/bin
 
-.PHONY: demo test test-quick lint bench docs clean
+.PHONY: help demo test test-quick lint bench docs wheel-test release-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,12 +13,21 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       speed, memory and accuracy of the library on this machine"
 	@echo "make docs        build the documentation"
+	@echo "make wheel-test  install the wheel into an empty environment and run the README there (minutes, downloads torch)"
+	@echo "make release-check  build what a release uploads into dist/ and check it"
 	@echo "make clean       remove .venv and everything built"
 
-.venv/installed-%: pyproject.toml
+$(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "dlprop needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv
+
+.venv/installed-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+# Tools alone: the archives are built in an environment of their own, which needs neither torch nor the library.
+.venv/installed-release: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "build>=1.2" "twine>=6.1"
 	@touch $@
 
 demo: .venv/installed-example
@@ -40,6 +49,14 @@ bench: .venv/installed-bench
 
 docs: .venv/installed-docs
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+
+wheel-test: .venv/installed-dev
+	$(BIN)/python -m pytest tests/empty_environment.py
+
+release-check: .venv/installed-release
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf .venv build dist docs/_build docs/auto_gallery docs/sg_execution_times.rst .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
