@@ -2,6 +2,8 @@
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,$(shell \
 	$(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
 BIN := .venv/bin
+# Processes that share the tests, a file to each at a time; every one of them takes a gigabyte or two.
+WORKERS ?= 2
 
 .PHONY: help demo test test-quick lint bench docs wheel-test release-check clean
 .DEFAULT_GOAL := help
@@ -34,10 +36,10 @@ demo: .venv/installed-example
 	$(BIN)/python -m examples.derprop_voc demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-quick: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
