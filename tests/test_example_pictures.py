@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlprop import DerivativeLabelPropagation
-from examples.derprop_voc import log, similarity_maps
+from examples.derprop_voc import figures as figure_files
+from examples.derprop_voc import log
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import Data
@@ -46,16 +47,16 @@ STEPS = {
 }
 
 
-def drawn(monkeypatch, module):
-    """The figures that a module draws, instead of their files' bytes."""
+def drawn(monkeypatch):
+    """The figures that are drawn, in order."""
     figures = []
-    original = module.FigureCanvasAgg
+    original = figure_files.FigureCanvasAgg
 
     def canvas(figure):
         figures.append(figure)
         return original(figure)
 
-    monkeypatch.setattr(module, "FigureCanvasAgg", canvas)
+    monkeypatch.setattr(figure_files, "FigureCanvasAgg", canvas)
     return figures
 
 
@@ -131,7 +132,7 @@ class Blocks(nn.Module):
 
 @pytest.mark.parametrize(("size", "scale"), [([], 1), ([16, 32], 2)])
 def test_drawn_maps_belong_to_the_pixels_cell(tmp_path, monkeypatch, size, scale):
-    figures = drawn(monkeypatch, similarity_maps)
+    figures = drawn(monkeypatch)
     image = torch.randint(256, (3, 16 * scale, 32 * scale), dtype=torch.uint8)
     image[:, :, 16 * scale :] //= 4
     config, network = make_config({"image_size": size, "affinity": "softmax"}), Blocks()
@@ -160,7 +161,7 @@ def test_drawn_maps_belong_to_the_pixels_cell(tmp_path, monkeypatch, size, scale
 
 
 def test_the_mark_of_the_centre_and_the_derivative_losss_order(tmp_path, monkeypatch):
-    figures = drawn(monkeypatch, similarity_maps)
+    figures = drawn(monkeypatch)
     image = torch.zeros(3, 16, 24, dtype=torch.uint8)
     for variant in ("full", "supervised"):
         config = make_config({"variant": variant})
@@ -234,7 +235,7 @@ def history(steps):
 
 
 def test_curves_show_what_the_history_holds(tmp_path, monkeypatch):
-    figures = drawn(monkeypatch, log)
+    figures = drawn(monkeypatch)
     log.draw_curves(tmp_path / "curves.png", history(20))
     axes = figures[0].axes
     assert [axis.get_title(loc="left") for axis in axes] == [
@@ -251,7 +252,7 @@ def test_curves_show_what_the_history_holds(tmp_path, monkeypatch):
 
 
 def test_curves_of_many_points_are_means_over_their_neighbours(tmp_path, monkeypatch):
-    figures = drawn(monkeypatch, log)
+    figures = drawn(monkeypatch)
     log.draw_curves(tmp_path / "curves.png", history(400))
     lines = [line for line in figures[0].axes[0].lines if np.max(line.get_ydata()) > 1.5]
     smooth, raw = (np.asarray(line.get_ydata()) for line in lines)

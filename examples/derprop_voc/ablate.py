@@ -238,7 +238,7 @@ def draw_quality(path: Path, jobs: Sequence[Job]) -> None:
         axis.tick_params(labelsize=8, colors=INK)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    figure.supxlabel("optimiser step", fontsize=9, color=INK)
+    axes[columns * (rows - 1)].set_xlabel("optimiser step", fontsize=9, color=INK)
     figure.supylabel("mIoU on training crops, percent", fontsize=9, color=INK)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
