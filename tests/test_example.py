@@ -30,25 +30,9 @@ from examples.derprop_voc.model import Output, SegmentationNetwork
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
 from examples.derprop_voc.state import load_networks
 from examples.derprop_voc.train import DivergedError, run
+from tests.example_options import TINY
 
 VARIANTS = ("supervised", "no_propagation", "no_derivative_loss", "no_momentum", "full")
-TINY = {
-    "partition": "demo",
-    "backbone": "timm/resnet10t",
-    "timm_stages": [1, 3],
-    "crop_size": 32,
-    "atrous_rates": [1, 2, 3],
-    "decoder_channels": 8,
-    "low_channels": 4,
-    "fuse_layers": 1,
-    "feature_channels": 8,
-    "labeled_batch": 2,
-    "unlabeled_batch": 2,
-    "steps": 2,
-    "panel_images": 1,
-    "accelerator": "cpu",
-    "tensorboard": False,
-}
 FILES = {"config.yaml", "curves.png", "latest.pt", "log.jsonl", "panel.png", "results.json", "similarity.png"}
 
 

@@ -22,18 +22,10 @@ from examples.derprop_voc.model import Output
 from examples.derprop_voc.scenes import write_scenes
 from examples.derprop_voc.state import make_state
 from examples.derprop_voc.train import Length, Trainer, make_fabric, run
+from tests.example_options import TINY as PLAIN
 
 ROOT = Path(__file__).parent.parent
-TINY = {
-    "partition": "demo",
-    "backbone": "timm/resnet10t",
-    "timm_stages": [1, 3],
-    "crop_size": 32,
-    "atrous_rates": [1, 2, 3],
-    "decoder_channels": 8,
-    "low_channels": 4,
-    "fuse_layers": 1,
-    "feature_channels": 8,
+TINY = PLAIN | {
     "dropout": 0.0,
     "batch_norm": "frozen",
     "threshold": 0.2,
@@ -42,11 +34,8 @@ TINY = {
     "unlabeled_batch": 4,
     "steps": 5,
     "lr": 0.03,
-    "panel_images": 1,
     "evaluate_every": 1,
-    "accelerator": "cpu",
     "threads": 1,
-    "tensorboard": False,
 }
 # Five steps of float32: sums over the batch are taken in another order.
 TOLERANCE = 1e-5

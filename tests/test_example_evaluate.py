@@ -24,24 +24,8 @@ from examples.derprop_voc.panels import class_colours
 from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
 from examples.derprop_voc.state import make_state
 from examples.derprop_voc.train import run
+from tests.example_options import TINY
 
-TINY = {
-    "partition": "demo",
-    "backbone": "timm/resnet10t",
-    "timm_stages": [1, 3],
-    "crop_size": 32,
-    "decoder_channels": 8,
-    "low_channels": 4,
-    "feature_channels": 8,
-    "fuse_layers": 1,
-    "atrous_rates": [1, 2, 3],
-    "labeled_batch": 2,
-    "unlabeled_batch": 2,
-    "steps": 2,
-    "accelerator": "cpu",
-    "tensorboard": False,
-    "panel_images": 1,
-}
 KEYS = ("prediction", "propagated", "blend")
 
 

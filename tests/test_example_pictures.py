@@ -22,17 +22,8 @@ from examples.derprop_voc.scenes import CLASS_NAMES, make_scene
 from examples.derprop_voc.similarity_maps import draw_similarity_maps
 from examples.derprop_voc.similarity_maps import similarity_maps as maps_of
 from examples.derprop_voc.state import make_state
+from tests.example_options import TINY_NETWORK as TINY
 
-TINY = {
-    "backbone": "timm/resnet10t",
-    "timm_stages": [1, 3],
-    "crop_size": 32,
-    "decoder_channels": 8,
-    "low_channels": 4,
-    "feature_channels": 8,
-    "fuse_layers": 1,
-    "atrous_rates": [1, 2, 3],
-}
 NORMS = {
     "l1": lambda v: v / np.abs(v).sum(),
     "l2": lambda v: v / np.sqrt((v**2).sum()),

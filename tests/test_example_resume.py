@@ -26,32 +26,19 @@ from examples.derprop_voc.losses import Objective
 from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
 from examples.derprop_voc.state import check_resumable, make_state
 from examples.derprop_voc.train import DivergedError, Trainer, run
+from tests.example_options import TINY as PLAIN
 
 ROOT = Path(__file__).parent.parent
 
 # Dropout, CutMix, the momentum network and the adaptive threshold are on; pseudo-labels pass the threshold. Epochs have
 # three steps, and the last one of the run is cut to two.
-TINY = {
-    "partition": "demo",
-    "backbone": "timm/resnet10t",
-    "timm_stages": [1, 3],
-    "crop_size": 32,
-    "atrous_rates": [1, 2, 3],
-    "decoder_channels": 8,
-    "low_channels": 4,
-    "fuse_layers": 1,
-    "feature_channels": 8,
+TINY = PLAIN | {
     "threshold": 0.2,
     "threshold_momentum": 0.9,
-    "labeled_batch": 2,
-    "unlabeled_batch": 2,
     "steps": 8,
     "lr": 0.01,
-    "panel_images": 1,
     "evaluate_every": 1,
-    "accelerator": "cpu",
     "threads": 1,
-    "tensorboard": False,
 }
 SETTINGS = {
     "eval": {"weak_mode": "eval"},
