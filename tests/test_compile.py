@@ -62,7 +62,8 @@ CASES = {
         lambda s: [_feats(s), _query(s)],
     ),
     "propagation": (DerivativeLabelPropagation(), lambda s: [_logits(s), _feats(s)]),
-    "propagation degree": (DerivativeLabelPropagation(scale="degree"), lambda s: [_logits(s, 3), _feats(s)]),
+    # Non-negative features: their degrees stay away from 0, where two orders of summation may differ by anything.
+    "propagation degree": (DerivativeLabelPropagation(scale="degree"), lambda s: [_logits(s, 3), _feats(s).abs()]),
     "propagation cosine": (
         DerivativeLabelPropagation(similarity="cosine", normalize="l2", scheme="laplacian"),
         lambda s: [_logits(s), _feats(s)],
@@ -82,7 +83,7 @@ CASES = {
     ),
     "propagation to targets": (
         DerivativeLabelPropagation(scale="degree"),
-        lambda s: [_logits(s), _feats(s), _target_feats(s)],
+        lambda s: [_logits(s), _feats(s).abs(), _target_feats(s).abs()],
     ),
     "propagation softmax to targets": (
         DerivativeLabelPropagation(affinity="softmax", similarity="cosine"),

@@ -1,5 +1,7 @@
 """The custom ops: what the compiler is told about them, their gradients, and every tile size against the formula."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,12 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlprop import DerivativeLoss
+from dlprop._kernels import dense, orders, tiled
 from tests.tolerances import assert_close
 
 OPS = torch.ops.dlprop
 BACKENDS = ("dense", "tiled", "auto")
+KERNELS = pytest.mark.parametrize("kernels", [dense, tiled], ids=["dense", "tiled"])
 F64, F32 = torch.float64, torch.float32
 
 
@@ -33,6 +37,26 @@ def _cross(form, N=2, D=5, M=7, K=3, dtype=F64, device="cpu"):
     a, g = _pairs(form, N, D, M, dtype, device)
     c, h = _pairs(form, N, D, M + K, dtype, device)
     return a, c[..., M:].contiguous(), g, h[..., M:].contiguous()
+
+
+def _inputs(form, anchors, N=2, dtype=F64, device="cpu"):
+    """(feats, target, anchors) of the loss's op."""
+    feats, target = _pairs(form, N=N, dtype=dtype, device=device)
+    if form == "features":
+        target = _normal(N, 5, 7, seed=1, dtype=dtype, device=device)
+    chosen = None if anchors is None else torch.tensor([[6, 0, 3], [1, 2, 5]], device=device)[:N, :anchors]
+    return feats, target, chosen
+
+
+def _arguments(feats, target, anchors=None, tile=3, backend="auto", sum_sparsity=False, need_grad=True):
+    """All the arguments of the op, for two orders of features that are normalised already."""
+    valid = None if target.is_floating_point() else target >= 0
+    weight = 0.5 + torch.arange(len(feats), dtype=feats.dtype, device=feats.device)
+    return feats, target, valid, anchors, weight, 0.7, sum_sparsity, 1, "forward", None, tile, backend, need_grad
+
+
+def _loss(*inputs, **options):
+    return OPS.derivative_l1(*_arguments(*inputs, **options))
 
 
 def _affinity(N=2, C=3, E=5, M=7, K=4, dtype=F64, device="cpu"):
@@ -73,29 +97,29 @@ def _expected_affinity(logits, queries, keys):
 @pytest.mark.parametrize("form", ["labels", "features"])
 @pytest.mark.parametrize("M", [1, 2, 15, 37, 149])
 @pytest.mark.parametrize("dtype", [F64, F32])
-def test_pairwise_l1_at_every_tile_size(form, M, dtype, device):
+@KERNELS
+def test_pairwise_l1_at_every_tile_size(form, M, dtype, kernels, device):
     a, g = _pairs(form, M=M, dtype=dtype, device=device)
     expected = _expected_pairs(a, g)
-    for backend in BACKENDS:
-        for tile in (None, 1, 2, 15, 36, 37, 38, 149, 3199):
-            if tile == 1 and M > 40:  # thousands of tiles of one pair
-                continue
-            value, gradient = OPS.pairwise_l1(a, g, tile, backend, True)
-            assert_close(value, expected[0], "loss")
-            assert_close(gradient, expected[1], "gradient")
+    for tile in (None, 1, 2, 15, 36, 37, 38, 149, 3199):
+        if tile == 1 and M > 40:  # thousands of tiles of one pair
+            continue
+        value, gradient = kernels.pairwise_l1(a, g, tile, True)
+        assert_close(value, expected[0], "loss")
+        assert_close(gradient, expected[1], "gradient")
 
 
 @pytest.mark.parametrize("form", ["labels", "features"])
 @pytest.mark.parametrize(("M", "K"), [(1, 1), (15, 4), (37, 37), (149, 16), (4, 60)])
 @pytest.mark.parametrize("dtype", [F64, F32])
-def test_pairwise_l1_cross_at_every_tile_size(form, M, K, dtype, device):
+@KERNELS
+def test_pairwise_l1_cross_at_every_tile_size(form, M, K, dtype, kernels, device):
     inputs = _cross(form, M=M, K=K, dtype=dtype, device=device)
     expected = _expected_cross(*inputs)
-    for backend in BACKENDS:
-        for tile in (None, 3, 4, 15, 16, 37, 149, 3199):
-            outputs = OPS.pairwise_l1_cross(*inputs, tile, backend, True)
-            for actual, wanted, kind in zip(outputs, expected, ("loss", "gradient", "gradient"), strict=True):
-                assert_close(actual, wanted, kind)
+    for tile in (None, 3, 4, 15, 16, 37, 149, 3199):
+        outputs = kernels.pairwise_l1_cross(*inputs, tile, True)
+        for actual, wanted, kind in zip(outputs, expected, ("loss", "gradient", "gradient"), strict=True):
+            assert_close(actual, wanted, kind)
 
 
 @pytest.mark.parametrize(("M", "K"), [(1, 1), (1, 5), (15, 1), (37, 37), (149, 16), (16, 149)])
@@ -120,7 +144,7 @@ def test_softmax_affinity_at_every_chunk_size(M, K, dtype, device):
 def test_default_tiles_meet_at_their_edges(form):
     # More pixels than the default tile holds, and no multiple of it.
     a, g = _pairs(form, N=1, M=1100, dtype=F32)
-    value, gradient = OPS.pairwise_l1(a, g, None, "auto", True)
+    value, gradient = tiled.pairwise_l1(a, g, None, True)
     expected = _expected_pairs(a, g)
     assert_close(value, expected[0], "loss")
     # A residual that rounds to the other side of 0 moves its two pixels by up to two features; there may be a few.
@@ -146,42 +170,53 @@ def test_softmax_affinity_does_not_overflow(backend, device):
 @pytest.mark.parametrize("form", ["labels", "features"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch(form, backend, device):
-    a, g = _pairs(form, N=0, device=device)
-    value, gradient = OPS.pairwise_l1(a, g, None, backend, True)
-    assert value.shape == (0,)
-    assert gradient.shape == (0, 5, 7)
-    outputs = OPS.pairwise_l1_cross(*_cross(form, N=0, device=device), None, backend, True)
-    assert [tuple(x.shape) for x in outputs] == [(0,), (0, 5, 7), (0, 5, 3)]
+    for anchors in (None, 3):
+        value, gradient = _loss(*_inputs(form, anchors, N=0, device=device), backend=backend)
+        assert value.shape == (0,)
+        assert gradient.shape == (0, 5, 7)
     assert OPS.softmax_affinity(*_affinity(N=0, device=device), None, backend)[0].shape == (0, 3, 4)
 
 
 @pytest.mark.parametrize("form", ["labels", "features"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strides_do_not_matter(form, backend):
+@KERNELS
+def test_strides_do_not_matter(form, kernels):
     a, g = _pairs(form, M=20)
     strided = a.mT.contiguous().mT
     wide = g.repeat_interleave(2, dim=-1)[..., ::2]
     assert not strided.is_contiguous()
     assert not wide.is_contiguous()
     expected = _expected_pairs(a, g)
-    value, gradient = OPS.pairwise_l1(strided, wide, 6, backend, True)
+    value, gradient = kernels.pairwise_l1(strided, wide, 6, True)
     assert_close(value, expected[0], "loss")
     assert_close(gradient, expected[1], "gradient")
     inputs = _affinity()
-    out = OPS.softmax_affinity(*(x.mT.contiguous().mT for x in inputs), 3, backend)[0]
+    out = kernels.softmax_affinity(*(x.mT.contiguous().mT for x in inputs), 3)[0]
     assert_close(out, _expected_affinity(*inputs), "propagation")
+
+
+@pytest.mark.parametrize("form", ["labels", "features"])
+@pytest.mark.parametrize("anchors", [None, 3])
+def test_strides_do_not_matter_to_the_op(form, anchors):
+    feats, target, chosen = _inputs(form, anchors)
+    for x, y in zip(
+        _loss(feats, target, chosen),
+        _loss(feats.mT.contiguous().mT, target.repeat_interleave(2, dim=-1)[..., ::2], chosen),
+        strict=True,
+    ):
+        assert_close(y, x, "gradient")
 
 
 @pytest.mark.parametrize("form", ["labels", "features"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_does_not_reach_inside(form, backend):
-    a, g = _pairs(form, dtype=F32)
+    feats, target, _ = _inputs(form, None, dtype=F32)
     inputs = _affinity(dtype=F32)
+    expected = _loss(feats.double(), target.double() if form == "features" else target, backend="dense")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value, gradient = OPS.pairwise_l1(a, g, 3, backend, True)
+        value, gradient = _loss(feats, target, backend=backend)
         out = OPS.softmax_affinity(*inputs, 3, backend)[0]
-    assert_close(value, _expected_pairs(a, g)[0], "loss", dtype=F32)
-    assert_close(gradient, _expected_pairs(a, g)[1], "gradient", dtype=F32)
+    assert_close(value, expected[0], "loss", dtype=F32)
+    assert_close(gradient, expected[1], "gradient", dtype=F32)
     assert_close(out, _expected_affinity(*inputs), "propagation", dtype=F32)
     assert value.dtype == gradient.dtype == out.dtype == F32
 
@@ -194,11 +229,15 @@ def test_autocast_does_not_reach_inside(form, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(form, backend):
     # Seeds chosen so that no residual is near 0: gradcheck steps by 1e-6.
-    a, g = _pairs(form)
-    assert gradcheck(lambda a: OPS.pairwise_l1(a, g, 3, backend, True)[0], a.requires_grad_())
-    a, c, g, h = _cross(form)
-    inputs = (a.requires_grad_(), c.requires_grad_())
-    assert gradcheck(lambda a, c: OPS.pairwise_l1_cross(a, c, g, h, 3, backend, True)[0], inputs)
+    for anchors in (None, 3):
+        feats, target, chosen = _inputs(form, anchors)
+        for sum_sparsity in (False, True):
+            assert gradcheck(
+                lambda x, target=target, chosen=chosen, sums=sum_sparsity: _loss(
+                    x, target, chosen, backend=backend, sum_sparsity=sums
+                )[0],
+                feats.clone().requires_grad_(),
+            )
     inputs = tuple(x.requires_grad_() for x in _affinity())
     assert gradcheck(lambda *x: OPS.softmax_affinity(*x, 3, backend)[0], inputs)
 
@@ -206,11 +245,10 @@ def test_gradcheck(form, backend):
 def _calls():
     """Every op as a function of the tensors that may need a gradient."""
     for form in ("labels", "features"):
-        a, g = _pairs(form)
-        yield f"pairwise_l1 {form}", lambda a, g=g: OPS.pairwise_l1(a, g, 3, "auto", True)[0], (a,)
-        a, c, g, h = _cross(form)
-        cross = lambda a, c, g=g, h=h: OPS.pairwise_l1_cross(a, c, g, h, 3, "auto", True)[0]  # noqa: E731
-        yield f"pairwise_l1_cross {form}", cross, (a, c)
+        for anchors in (None, 3):
+            feats, target, chosen = _inputs(form, anchors)
+            call = lambda x, target=target, chosen=chosen: _loss(x, target, chosen)[0]  # noqa: E731
+            yield f"derivative_l1 {form} anchors={anchors}", call, (feats,)
     yield "softmax_affinity", lambda *x: OPS.softmax_affinity(*x, 3, "auto")[0], _affinity()
 
 
@@ -303,19 +341,64 @@ def test_the_loss_computes_a_gradient_only_for_those_who_will_ask(num_anchors):
     ):
         with mode, _Recorder() as recorder:
             loss(leaf, labels)
-        assert len(recorder.calls) == 2  # one per order, in both cases
-        for name, args in recorder.calls:
-            assert name == ("dlprop::pairwise_l1" if num_anchors is None else "dlprop::pairwise_l1_cross")
-            assert args[-1] is wanted
+        ((name, args),) = recorder.calls
+        assert name == "dlprop::derivative_l1"
+        assert args[-1] is wanted
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_gradient_the_value_is_the_same(backend):
-    a, g = _pairs("features")
-    with_gradient = OPS.pairwise_l1(a, g, 3, backend, True)
-    without = OPS.pairwise_l1(a, g, 3, backend, False)
+@pytest.mark.parametrize("anchors", [None, 3])
+def test_without_gradient_the_value_is_the_same(backend, anchors):
+    inputs = _inputs("features", anchors)
+    with_gradient = _loss(*inputs, backend=backend)
+    without = _loss(*inputs, backend=backend, need_grad=False)
     assert torch.equal(with_gradient[0], without[0])
     assert without[1].numel() == 0
+
+
+def test_the_affinity_computes_only_the_gradients_that_are_asked_for():
+    for wanted in itertools.product((True, False), repeat=3):
+        if not any(wanted):
+            continue
+        inputs = [x.requires_grad_(need) for x, need in zip(_affinity(), wanted, strict=True)]
+        out = OPS.softmax_affinity(*inputs, 3, "auto")[0]
+        with _Recorder() as recorder:
+            out.sum().backward()
+        ((name, args),) = recorder.calls
+        assert name == "dlprop::softmax_affinity_backward"
+        assert args[-2:] == wanted[1:]
+        assert [x.grad is not None for x in inputs] == list(wanted)
+
+
+def test_labels_of_fractions_in_closed_form():
+    # Ignored pixels, a class of one pixel, labels far apart.
+    a, labels = _pairs("labels", M=40)
+    labels = torch.where(labels == 2, 2**40, labels)
+    labels[:, 3] = 7
+    a = a.abs() / a.abs().sum(dim=1, keepdim=True) * (labels >= 0)[:, None]
+    expected = tiled.pairwise_l1(a, labels, None, True)
+    value, gradient = orders.label_l1_of_fractions(a, labels, True)
+    assert_close(value, expected[0], "loss")
+    # Where nothing is compared both may have any gradient: pixels that take part in no pair.
+    counted = (labels >= 0)[:, None]
+    assert_close(gradient * counted, expected[1] * counted, "gradient")
+    assert orders.label_l1_of_fractions(a, labels, False)[1] is None
+
+
+@pytest.mark.parametrize(("normalize", "sign"), [("l1", 1), ("softmax", 1), ("l1", -1), ("l2", 1), (None, 1)])
+def test_the_closed_form_is_taken_only_where_it_holds(normalize, sign, monkeypatch):
+    taken = []
+    closed_form = orders.label_l1_of_fractions
+    monkeypatch.setattr(orders, "label_l1_of_fractions", lambda *x: (taken.append(1), closed_form(*x))[1])
+    feats, labels = _normal(2, 5, 7, seed=3).abs(), torch.arange(14).reshape(2, 7) % 3
+    feats[0, 2, 1] *= sign
+    leaf = feats.requires_grad_()
+    value = DerivativeLoss(normalize=normalize)(leaf, labels)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    assert bool(taken) == (normalize in ("l1", "softmax") and sign == 1)
+    dense_value = DerivativeLoss(normalize=normalize, backend="dense")(leaf, labels)
+    assert_close(value, dense_value.detach(), "loss")
+    assert_close(gradient, torch.autograd.grad(dense_value, leaf)[0], "gradient")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,18 +412,14 @@ _CHECKS_OF_PAIRS = _ALL_CHECKS[:3]
 @pytest.mark.parametrize("form", ["labels", "features"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tile", [None, 3])
-def test_opcheck_of_the_pairs(form, backend, tile, device):
-    a, g = _pairs(form, device=device)
-    op = OPS.pairwise_l1.default
-    opcheck(op, (a.clone().requires_grad_(), g, tile, backend, True), test_utils=_CHECKS_OF_PAIRS)
-    opcheck(op, (a, g, tile, backend, True), test_utils=_ALL_CHECKS)
-    opcheck(op, (a, g, tile, backend, False), test_utils=_ALL_CHECKS)
-    a, c, g, h = _cross(form, device=device)
-    op = OPS.pairwise_l1_cross.default
-    leaves = (a.clone().requires_grad_(), c.clone().requires_grad_())
-    opcheck(op, (*leaves, g, h, tile, backend, True), test_utils=_CHECKS_OF_PAIRS)
-    opcheck(op, (a, c, g, h, tile, backend, True), test_utils=_ALL_CHECKS)
-    opcheck(op, (a, c, g, h, tile, backend, False), test_utils=_ALL_CHECKS)
+@pytest.mark.parametrize("anchors", [None, 3])
+def test_opcheck_of_the_pairs(form, backend, tile, anchors, device):
+    inputs = _inputs(form, anchors, device=device)
+    op = OPS.derivative_l1.default
+    leaf = inputs[0].clone().requires_grad_()
+    opcheck(op, _arguments(leaf, *inputs[1:], tile=tile, backend=backend), test_utils=_CHECKS_OF_PAIRS)
+    opcheck(op, _arguments(*inputs, tile=tile, backend=backend), test_utils=_ALL_CHECKS)
+    opcheck(op, _arguments(*inputs, tile=tile, backend=backend, need_grad=False), test_utils=_ALL_CHECKS)
 
 
 # opcheck itself looks at the .grad of tensors that are no leaves, and torch warns about it.
@@ -352,10 +431,10 @@ def test_opcheck_of_the_affinity(backend, chunk, device):
     leaves = tuple(x.clone().requires_grad_() for x in inputs)
     opcheck(OPS.softmax_affinity.default, (*leaves, chunk, backend), test_utils=_ALL_CHECKS)
     out, lse = OPS.softmax_affinity(*inputs, chunk, backend)
-    arguments = (torch.ones_like(out), *inputs, lse, chunk, backend)
+    arguments = (torch.ones_like(out), *inputs, lse, chunk, backend, True, True)
     opcheck(OPS.softmax_affinity_backward.default, arguments, test_utils=_ALL_CHECKS)
 
 
 def test_every_op_is_checked_here():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dlprop::")}
-    assert registered == {"pairwise_l1", "pairwise_l1_cross", "softmax_affinity", "softmax_affinity_backward"}
+    assert registered == {"derivative_l1", "softmax_affinity", "softmax_affinity_backward"}

@@ -144,7 +144,6 @@ def test_cpu_tensors_without_the_interpreter():
         lambda: DerivativeLoss(backend="triton")(FEATS, LABELS),
         lambda: DerivativeLoss(backend="triton", num_anchors=2)(FEATS, LABELS),
         lambda: DerivativeLabelPropagation(affinity="softmax", backend="triton")(FEATS, FEATS),
-        lambda: torch.ops.dlprop.pairwise_l1(FEATS, LABELS, None, "triton", True),
         lambda: torch.ops.dlprop.softmax_affinity(FEATS, FEATS, FEATS, None, "triton"),
         lambda: torch.compile(DerivativeLoss(backend="triton"), fullgraph=True, backend="eager")(FEATS, LABELS),
     ):

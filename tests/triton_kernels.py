@@ -72,6 +72,15 @@ def _pairs(form, dtype, N=2, D=5, M=7, E=None):
     raise AssertionError("every draw has a residual near 0")
 
 
+def _arguments(a, g, tile, need_grad=True, anchors=None):
+    """The arguments of the loss's op that leave the pairs of order 0: those of the kernel itself."""
+    return a, g, None, anchors, a.new_ones(len(a)), 0.0, False, 0, "forward", None, tile, "triton", need_grad
+
+
+def _pair_op(*inputs):
+    return OPS.derivative_l1(*_arguments(*inputs))
+
+
 def _affinity(dtype, N=2, C=3, D=5, M=7, K=4, scale=1.0):
     shapes = ((N, C, M), (N, D, M), (N, D, K))
     logits, queries, keys = (_normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
@@ -249,13 +258,11 @@ def test_tf32_of_the_softmax(kernels, device):
 @pytest.mark.parametrize("form", FORMS)
 def test_strides_and_empty_batches(device, form):
     a, g = (x.to(device) for x in _pairs(form, F64, M=20))
-    value, gradient = OPS.pairwise_l1(
-        a.mT.contiguous().mT, g.repeat_interleave(2, dim=-1)[..., ::2], 16, "triton", True
-    )
+    value, gradient = _pair_op(a.mT.contiguous().mT, g.repeat_interleave(2, dim=-1)[..., ::2], 16)
     expected = dense.pairwise_l1(*_double(a, g), None, True)
     assert_close(value, expected[0], "loss")
     assert_close(gradient, expected[1], "gradient")
-    outputs = OPS.pairwise_l1(a[:0], g[:0], None, "triton", True)
+    outputs = _pair_op(a[:0], g[:0], None)
     assert [tuple(x.shape) for x in outputs] == [(0,), (0, 5, 20)]
     logits, queries, keys = (x[:0].to(device).requires_grad_() for x in _affinity(F64))
     out = OPS.softmax_affinity(logits, queries, keys, None, "triton")[0]
@@ -269,7 +276,7 @@ def test_autocast_does_not_reach_inside(device, form):
     a, g = (x.to(device) for x in _pairs(form, F32))
     inputs = _affinity(F32)
     with torch.autocast(device.type, dtype=BF16):
-        value, gradient = OPS.pairwise_l1(a, g, 16, "triton", True)
+        value, gradient = _pair_op(a, g, 16)
         out = OPS.softmax_affinity(*(x.to(device) for x in inputs), 16, "triton")[0]
     expected = dense.pairwise_l1(*_double(a, g), None, True)
     assert_close(value, expected[0], "loss", dtype=F32)
@@ -285,7 +292,7 @@ def test_a_result_is_the_same_every_time(device, form):
     runs = []
     for _ in range(2):
         out = OPS.softmax_affinity(*inputs, 16, "triton")[0]
-        runs.append((*OPS.pairwise_l1(a, g, 16, "triton", True), out, *torch.autograd.grad(out.square().sum(), inputs)))
+        runs.append((*_pair_op(a, g, 16), out, *torch.autograd.grad(out.square().sum(), inputs)))
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
@@ -297,12 +304,11 @@ _ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "
 def test_opcheck_of_the_pairs(device, form):
     a, g = (x.to(device) for x in _pairs(form, F64))
     leaf = a.clone().requires_grad_()
-    opcheck(OPS.pairwise_l1.default, (leaf, g, None, "triton", True), test_utils=_ALL_CHECKS[:3])
-    opcheck(OPS.pairwise_l1.default, (a, g, 16, "triton", False), test_utils=_ALL_CHECKS)
-    a, c, g, h = (x.to(device) for x in _cross(form, F64))
-    leaves = (a.clone().requires_grad_(), c.clone().requires_grad_())
-    opcheck(OPS.pairwise_l1_cross.default, (*leaves, g, h, None, "triton", True), test_utils=_ALL_CHECKS[:3])
-    opcheck(OPS.pairwise_l1_cross.default, (a, c, g, h, 16, "triton", True), test_utils=_ALL_CHECKS)
+    anchors = torch.tensor([[0, 3], [2, 1]], device=device)
+    opcheck(OPS.derivative_l1.default, _arguments(leaf, g, None), test_utils=_ALL_CHECKS[:3])
+    opcheck(OPS.derivative_l1.default, _arguments(leaf, g, None, True, anchors), test_utils=_ALL_CHECKS[:3])
+    opcheck(OPS.derivative_l1.default, _arguments(a, g, 16, False), test_utils=_ALL_CHECKS)
+    opcheck(OPS.derivative_l1.default, _arguments(a, g, 16, True, anchors), test_utils=_ALL_CHECKS)
 
 
 # opcheck itself looks at the .grad of tensors that are no leaves, and torch warns about it.
@@ -312,13 +318,13 @@ def test_opcheck_of_the_affinity(device):
     leaves = [x.clone().requires_grad_() for x in inputs]
     opcheck(OPS.softmax_affinity.default, (*leaves, None, "triton"), test_utils=_ALL_CHECKS)
     out, lse = OPS.softmax_affinity(*inputs, 16, "triton")
-    arguments = (torch.ones_like(out), *inputs, lse, 16, "triton")
+    arguments = (torch.ones_like(out), *inputs, lse, 16, "triton", True, True)
     opcheck(OPS.softmax_affinity_backward.default, arguments, test_utils=_ALL_CHECKS)
 
 
 def test_gradcheck(device):
     a, g = (x.to(device) for x in _pairs("labels", F64, N=1, D=3, M=4))
-    assert gradcheck(lambda a: OPS.pairwise_l1(a, g, 16, "triton", True)[0], a.requires_grad_())
+    assert gradcheck(lambda a: _pair_op(a, g, 16)[0], a.requires_grad_())
     inputs = tuple(x.to(device).requires_grad_() for x in _affinity(F64, N=1, C=2, D=3, M=4, K=3))
     assert gradcheck(lambda *x: OPS.softmax_affinity(*x, 16, "triton")[0], inputs)
 

@@ -1,6 +1,6 @@
 """The custom ops: schema, shapes for the compiler, autograd, and the choice of the kernel.
 
-`dlprop::pairwise_l1`, `dlprop::pairwise_l1_cross` and `dlprop::softmax_affinity` are opaque to the compiler, so that
+`dlprop::derivative_l1` and `dlprop::softmax_affinity` are opaque to the compiler, so that
 their loops over tiles neither unroll nor specialise on sizes. All compute in the dtype they are given, also under
 autocast, and none can be differentiated twice.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.library import define, impl, register_autograd, register_fake
 
-from ._kernels import dense, tiled
+from ._kernels import dense, orders, tiled
 from .features import full_precision
 
 __all__: list[str] = []
@@ -94,97 +94,49 @@ def _check_gradient_was_kept(grad: Tensor, grad_loss: Tensor) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pairwise_l1: sum_ij |a_i . a_j - G_ij| of every image, (N,), and its gradient in a, (N, D, M).
-# a (N, D, M); g features (N, E, M) with G = g^T g, or int64 labels (N, M) with G their equality, where -1 equals
-# nothing. Without need_grad the second output is empty.
+# derivative_l1: the L1 loss of every image, (N,), and its gradient in feats, (N, D, M).
+# feats (N, D, M), normalised; target features (N, D, M), not yet normalised, or int64 labels (N, M), compared for
+# equality, where -1 equals nothing. `_kernels.orders` explains the rest. Without need_grad the second output is empty.
 
 define(
-    "dlprop::pairwise_l1",
-    "(Tensor a, Tensor g, int? tile, str backend, bool need_grad) -> (Tensor, Tensor)",
+    "dlprop::derivative_l1",
+    "(Tensor feats, Tensor target, Tensor? valid, Tensor? anchors, Tensor pair_weight, float eta, bool sum_sparsity,"
+    " int max_order, str scheme, str? normalize, int? tile, str backend, bool need_grad) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-@impl("dlprop::pairwise_l1", "default")
-def _pairwise_l1(a: Tensor, g: Tensor, tile: int | None, backend: str, need_grad: bool) -> tuple[Tensor, Tensor]:
-    with full_precision(a):
-        loss, grad = _kernels(backend, a).pairwise_l1(a, g, tile, need_grad)
-    return loss, a.new_empty(0) if grad is None else grad.contiguous()
+@impl("dlprop::derivative_l1", "default")
+def _derivative_l1(feats: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    *options, backend, need_grad = inputs
+    arguments: tuple[Any, ...] = (*options, _kernels(backend, feats), need_grad)
+    with full_precision(feats):
+        loss, grad = orders.derivative_l1(feats, *arguments)
+    return loss, feats.new_empty(0) if grad is None else grad.contiguous()
 
 
-def _pairwise_l1_fake(a: Tensor, g: Tensor, tile: int | None, backend: str, need_grad: bool) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.shape[0]), a.new_empty(a.shape if need_grad else 0)
+def _derivative_l1_fake(feats: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    return feats.new_empty(feats.shape[0]), feats.new_empty(feats.shape if inputs[-1] else 0)
 
 
-def _pairwise_l1_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _derivative_l1_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     # The gradient is saved as an output, so a second derivative arrives here as a gradient of that output.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
-def _pairwise_l1_backward(ctx: Any, grad_loss: Tensor | None, second: Tensor | None) -> tuple[Any, ...]:
+def _derivative_l1_backward(ctx: Any, grad_loss: Tensor | None, second: Tensor | None) -> tuple[Any, ...]:
     if second is not None:
         _refuse_second_derivative()
     if grad_loss is None:
-        return (None,) * 5
+        return (None,) * 13
     (grad,) = ctx.saved_tensors
     _check_gradient_was_kept(grad, grad_loss)
-    return grad_loss[:, None, None] * grad, None, None, None, None
+    return grad_loss[:, None, None] * grad, *(None,) * 12
 
 
-register_fake("dlprop::pairwise_l1", _pairwise_l1_fake)
-register_autograd("dlprop::pairwise_l1", _pairwise_l1_backward, setup_context=_pairwise_l1_setup)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pairwise_l1_cross: sum_ik |a_i . c_k - G_ik| of every image, (N,), and its gradients in a (N, D, M) and c (N, D, K).
-# g features (N, E, M) and h (N, E, K) with G = g^T h, or labels (N, M) and (N, K).
-
-define(
-    "dlprop::pairwise_l1_cross",
-    "(Tensor a, Tensor c, Tensor g, Tensor h, int? tile, str backend, bool need_grad) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@impl("dlprop::pairwise_l1_cross", "default")
-def _pairwise_l1_cross(
-    a: Tensor, c: Tensor, g: Tensor, h: Tensor, tile: int | None, backend: str, need_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    with full_precision(a):
-        loss, grad_a, grad_c = _kernels(backend, a).pairwise_l1_cross(a, c, g, h, tile, need_grad)
-    if grad_a is None:
-        return loss, a.new_empty(0), c.new_empty(0)
-    return loss, grad_a.contiguous(), grad_c.contiguous()
-
-
-def _pairwise_l1_cross_fake(
-    a: Tensor, c: Tensor, g: Tensor, h: Tensor, tile: int | None, backend: str, need_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        a.new_empty(a.shape[0]),
-        a.new_empty(a.shape if need_grad else 0),
-        c.new_empty(c.shape if need_grad else 0),
-    )
-
-
-def _pairwise_l1_cross_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
-
-
-def _pairwise_l1_cross_backward(ctx: Any, grad_loss: Tensor | None, *second: Tensor | None) -> tuple[Any, ...]:
-    if any(s is not None for s in second):
-        _refuse_second_derivative()
-    if grad_loss is None:
-        return (None,) * 7
-    _check_gradient_was_kept(ctx.saved_tensors[0], grad_loss)
-    grad_a, grad_c = (grad_loss[:, None, None] * grad for grad in ctx.saved_tensors)
-    return grad_a, grad_c, None, None, None, None, None
-
-
-register_fake("dlprop::pairwise_l1_cross", _pairwise_l1_cross_fake)
-register_autograd("dlprop::pairwise_l1_cross", _pairwise_l1_cross_backward, setup_context=_pairwise_l1_cross_setup)
+register_fake("dlprop::derivative_l1", _derivative_l1_fake)
+register_autograd("dlprop::derivative_l1", _derivative_l1_backward, setup_context=_derivative_l1_setup)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,8 +150,8 @@ define(
 )
 define(
     "dlprop::softmax_affinity_backward",
-    "(Tensor grad, Tensor logits, Tensor queries, Tensor keys, Tensor lse, int? chunk, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor logits, Tensor queries, Tensor keys, Tensor lse, int? chunk, str backend,"
+    " bool need_queries, bool need_keys) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -222,18 +174,40 @@ def _softmax_affinity_fake(
 
 @impl("dlprop::softmax_affinity_backward", "default")
 def _softmax_affinity_backward(
-    grad: Tensor, logits: Tensor, queries: Tensor, keys: Tensor, lse: Tensor, chunk: int | None, backend: str
+    grad: Tensor,
+    logits: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    chunk: int | None,
+    backend: str,
+    need_queries: bool = True,
+    need_keys: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with full_precision(logits):
-        grads = _kernels(backend, logits).softmax_affinity_backward(grad, logits, queries, keys, lse, chunk)
-    grad_logits, grad_queries, grad_keys = (g.contiguous() for g in grads)
+        grads = _kernels(backend, logits).softmax_affinity_backward(
+            grad, logits, queries, keys, lse, chunk, need_queries, need_keys
+        )
+    grad_logits, grad_queries, grad_keys = (logits.new_empty(0) if g is None else g.contiguous() for g in grads)
     return grad_logits, grad_queries, grad_keys
 
 
 def _softmax_affinity_backward_fake(
-    grad: Tensor, logits: Tensor, queries: Tensor, keys: Tensor, lse: Tensor, chunk: int | None, backend: str
+    grad: Tensor,
+    logits: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    chunk: int | None,
+    backend: str,
+    need_queries: bool = True,
+    need_keys: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return logits.new_empty(logits.shape), queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+    return (
+        logits.new_empty(logits.shape),
+        queries.new_empty(queries.shape if need_queries else 0),
+        keys.new_empty(keys.shape if need_keys else 0),
+    )
 
 
 def _softmax_affinity_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -242,12 +216,15 @@ def _softmax_affinity_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.save_for_backward(logits, queries, keys, output[1])
 
 
-def _softmax_affinity_grad(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _softmax_affinity_grad(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 5
     logits, queries, keys, lse = ctx.saved_tensors
-    backward = torch.ops.dlprop.softmax_affinity_backward
-    return (*backward(grad, logits, queries, keys, lse.detach(), ctx.chunk, ctx.backend), None, None)
+    _, need_queries, need_keys, *_ = ctx.needs_input_grad
+    grad_logits, grad_queries, grad_keys = torch.ops.dlprop.softmax_affinity_backward(
+        grad, logits, queries, keys, lse.detach(), ctx.chunk, ctx.backend, need_queries, need_keys
+    )
+    return grad_logits, grad_queries if need_queries else None, grad_keys if need_keys else None, None, None
 
 
 register_fake("dlprop::softmax_affinity", _softmax_affinity_fake)
@@ -260,18 +237,10 @@ register_autograd("dlprop::softmax_affinity_backward", _refuse_second_derivative
 # Typed calls of the ops.
 
 
-def pairwise_l1(a: Tensor, g: Tensor, tile: int | None, backend: str) -> Tensor:
-    """The sums of `dlprop::pairwise_l1`; the gradient is computed along if one will be asked for."""
-    _refuse_forward_mode(a)
-    loss: Tensor = torch.ops.dlprop.pairwise_l1(a, g, tile, backend, torch.is_grad_enabled() and a.requires_grad)[0]
-    return loss
-
-
-def pairwise_l1_cross(a: Tensor, c: Tensor, g: Tensor, h: Tensor, tile: int | None, backend: str) -> Tensor:
-    """The sums of `dlprop::pairwise_l1_cross`; the gradients are computed along if they will be asked for."""
-    _refuse_forward_mode(a, c)
-    need_grad = torch.is_grad_enabled() and (a.requires_grad or c.requires_grad)
-    loss: Tensor = torch.ops.dlprop.pairwise_l1_cross(a, c, g, h, tile, backend, need_grad)[0]
+def derivative_l1(feats: Tensor, *inputs: Any) -> Tensor:
+    """The losses of `dlprop::derivative_l1`; the gradient is computed along if one will be asked for."""
+    _refuse_forward_mode(feats)
+    loss: Tensor = torch.ops.dlprop.derivative_l1(feats, *inputs, torch.is_grad_enabled() and feats.requires_grad)[0]
     return loss
 
 

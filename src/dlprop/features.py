@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ._checks import autocast_enabled
+from ._products import pixel_norm
 
 __all__: list[str] = []
 
@@ -44,7 +45,7 @@ def inverse_norm(x: Tensor, p: int) -> Tensor:
 
     A plain `1 / max(norm, eps)` would give a zero vector the gradient `1 / eps`.
     """
-    norm = torch.linalg.vector_norm(x, p, dim=1, keepdim=True)
+    norm = pixel_norm(x, p)
     is_zero = norm == 0  # false for NaN, which therefore stays NaN
     return torch.where(is_zero, 0, 1 / torch.where(is_zero, 1, norm.clamp_min(EPS)))
 

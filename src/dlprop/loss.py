@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from . import _checks
 from ._kernels import dense
-from ._ops import BACKENDS, Backend, check_backend, pairwise_l1, pairwise_l1_cross
+from ._ops import BACKENDS, Backend, check_backend, derivative_l1
+from ._products import gram, sum_abs_difference
 from .difference import SCHEMES, STEP, Scheme, difference
 from .features import NORMALIZATIONS, Normalize, flatten, full_precision, normalize_features, sample_nearest
 
@@ -121,32 +122,42 @@ def derivative_loss(
     eta = options["eta"]
     with full_precision(feats):
         V = normalize_features(flatten(feats), normalize)
-        N, _, M = V.shape
+        N, D, M = V.shape
         if target.is_floating_point():
-            G = normalize_features(flatten(target.detach()), normalize).to(V.dtype)
-            valid = None if mask is None else mask.reshape(N, M)
+            labels, valid = None, None if mask is None else mask.reshape(N, M)
         else:
-            G, valid = _labels(target, mask, feats, ignore_index, align_corners)
-        anchors = None if num_anchors is None or num_anchors >= M else _draw(num_anchors, V)
-
-        pair_sums = V.new_zeros(N)
-        for q in range(max_order + 1):
-            a = _on_valid(difference(V, q, 1, scheme), valid)
-            g = _on_valid(difference(G, q, 1, scheme), valid) if G.is_floating_point() else G
-            if norm == "frobenius":
-                pair_sums = pair_sums + (_dense_frobenius(a, g) if backend == "dense" else _frobenius(a, g))
-            elif anchors is not None:
-                pair_sums = pair_sums + _sampled_l1(a, g, anchors, chunk_size, backend)
-            else:
-                pair_sums = pair_sums + _l1(a, g, chunk_size, backend)
+            labels, valid = _labels(target, mask, feats, ignore_index, align_corners)
         if reduction == "sum":
-            total = pair_sums.sum()
-            return total if eta == 0 else total + eta * _sparsity(V, max_order + 1, scheme).sum()
-        pairs = V.new_full((N,), M) if valid is None else valid.sum(dim=1).to(V.dtype)
-        per_image = pair_sums / pairs.square().clamp_min(1)
-        if eta != 0:
-            per_image = per_image + eta * _sparsity(V, max_order + 1, scheme).mean(dim=(1, 2))
-        return per_image if reduction == "none" else per_image.sum() / max(N, 1)
+            pair_weight = V.new_ones(N)
+        else:
+            pairs = V.new_full((N,), M) if valid is None else valid.sum(dim=1).to(V.dtype)
+            pair_weight = 1 / pairs.square().clamp_min(1)
+
+        if norm == "frobenius":
+            G = normalize_features(flatten(target.detach()), normalize).to(V.dtype) if labels is None else labels
+            per_image = pair_weight * _frobenius(V, G, valid, max_order, scheme, is_dense=backend == "dense")
+            if eta != 0:
+                elements = 1 if reduction == "sum" else (D - (max_order + 1) * STEP[scheme]) * M
+                per_image = per_image + eta / elements * sum_abs_difference(V, max_order + 1, scheme)
+        else:
+            V = V.mT.contiguous().mT  # pixels as rows, as the kernels read them: they need no copy beside V
+            per_image = derivative_l1(
+                V,
+                flatten(target.detach()) if labels is None else labels,
+                valid,
+                None if num_anchors is None or num_anchors >= M else _draw(num_anchors, V),
+                pair_weight,
+                eta,
+                reduction == "sum",
+                max_order,
+                scheme,
+                normalize,
+                chunk_size,
+                backend,
+            )
+        if reduction == "none":
+            return per_image
+        return per_image.sum() if reduction == "sum" else per_image.sum() / max(N, 1)
 
 
 class DerivativeLoss(nn.Module):
@@ -198,38 +209,57 @@ class DerivativeLoss(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The pair terms of one order, (N,), for differences a (N, D, M) against features g (N, E, M) or labels g (N, M).
+# The squared norm
 
 
-def _l1(a: Tensor, g: Tensor, chunk_size: int | None, backend: str) -> Tensor:
-    """`sum_ij |a_i . a_j - G_ij|`."""
-    return pairwise_l1(a, g, chunk_size, backend)
+def _frobenius(V: Tensor, G: Tensor, valid: Tensor | None, max_order: int, scheme: Scheme, *, is_dense: bool) -> Tensor:
+    """`sum_q ||a^T a - G_q||_F^2` of every image, (N,), for features V (N, D, M) and features G or labels (N, M).
 
-
-def _sampled_l1(a: Tensor, g: Tensor, anchors: Tensor, chunk_size: int | None, backend: str) -> Tensor:
-    """`M / K sum_ik |a_i . a_k - G_ik|` over the anchors k."""
-    c = _take(a, anchors)
-    h = _take(g, anchors) if g.is_floating_point() else g.gather(1, anchors)
-    return pairwise_l1_cross(a, c, g, h, chunk_size, backend) * (a.shape[2] / anchors.shape[1])
-
-
-def _frobenius(a: Tensor, g: Tensor) -> Tensor:
-    """`||a^T a - G||_F^2` from D x D products, in time linear in the pixels.
-
-    Against features it is written in their difference `E = a - g` and sum `T = a + g`:
-    `a^T a - g^T g = (E^T T + T^T E) / 2`, so `(<E E^T, T T^T> + tr(E T^T E T^T)) / 2`. For features that are close, as
-    those of two views are, each term is of the size of the result, where `||a a^T||^2 - 2 ||a g^T||^2 + ||g g^T||^2`
-    would cancel.
+    With `a = A_q V` it needs D x D products only, and those of every order are the differences, along both axes, of
+    those of order 0: a product over the pixels is made once, whatever the order.
     """
-    if g.is_floating_point():
-        E, T = a - g, a + g
-        ET = E @ T.mT
-        total = ((E @ E.mT) * (T @ T.mT)).sum(dim=(1, 2)) + (ET * ET.mT).sum(dim=(1, 2))
-        return _clamped(total / 2)
-    sums, counts = _class_sums(a, g)
-    gram = a @ a.mT
-    squares = gram.square().sum(dim=(1, 2)) - 2 * sums.square().sum(dim=(1, 2)) + counts.square().sum(dim=1)
-    return _clamped(squares)
+    V = _on_valid(V, valid)
+    if G.is_floating_point():
+        G = _on_valid(G, valid)
+    if is_dense:
+        orders = ((difference(V, q, 1, scheme), q) for q in range(max_order + 1))
+        terms = [
+            (a.mT @ a - dense.target_similarity(g, g, a.dtype)).square().sum(dim=(1, 2))
+            for a, q in orders
+            for g in [difference(G, q, 1, scheme) if G.is_floating_point() else G]
+        ]
+        return torch.stack(terms).sum(dim=0)
+    terms = (
+        _feature_squares(V, G, max_order, scheme) if G.is_floating_point() else _label_squares(V, G, max_order, scheme)
+    )
+    return _clamped(torch.stack(terms)).sum(dim=0)
+
+
+def _feature_squares(V: Tensor, G: Tensor, max_order: int, scheme: Scheme) -> list[Tensor]:
+    """The squared norm of every order against features, written in `E = V - G`.
+
+    `V^T V - G^T G = E^T E + E^T G + G^T E`. For features that are close, as those of two views are, each term below is
+    of the size of the result, where `||V V^T||^2 - 2 ||V G^T||^2 + ||G G^T||^2` would cancel.
+    """
+    E = V - G
+    products = (gram(E), E @ G.mT, G @ G.mT)
+    terms = []
+    for q in range(max_order + 1):
+        EE, EG, GG = (difference(difference(x, q, 1, scheme), q, 2, scheme) for x in products)
+        terms.append((EE * (EE + 2 * GG + 4 * EG) + 2 * EG * EG.mT).sum(dim=(1, 2)))
+    return terms
+
+
+def _label_squares(V: Tensor, labels: Tensor, max_order: int, scheme: Scheme) -> list[Tensor]:
+    """The squared norm of every order against labels: `||a a^T||^2 - 2 sum_c |a 1_c|^2 + sum_c n_c^2`."""
+    VV = gram(V)
+    sums, counts = _class_sums(V, labels)
+    terms = []
+    for q in range(max_order + 1):
+        aa = difference(difference(VV, q, 1, scheme), q, 2, scheme)
+        own = difference(sums, q, 1, scheme).square().sum(dim=(1, 2))
+        terms.append(aa.square().sum(dim=(1, 2)) - 2 * own + counts.square().sum(dim=1))
+    return terms
 
 
 def _clamped(squares: Tensor) -> Tensor:
@@ -237,21 +267,21 @@ def _clamped(squares: Tensor) -> Tensor:
     return squares + (squares.clamp_min(0) - squares).detach()
 
 
-def _dense_frobenius(a: Tensor, g: Tensor) -> Tensor:
-    return (a.mT @ a - dense.target_similarity(g, g, a.dtype)).square().sum(dim=(1, 2))
+def _class_sums(V: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the columns of ``V`` and the number of pixels of every class, (N, D, K) and (N, K).
 
-
-def _class_sums(a: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the columns of ``a`` and the number of pixels of every class, (N, D, M) and (N, M).
-
-    Labels are compared, never used as an index: sorted, they number their classes themselves, at most M of them.
+    Labels are compared, never used as an index: sorted, they number their classes themselves. K is the number of
+    classes where the host can see it, and M elsewhere.
     """
     ordered, pixels = labels.sort(dim=1)
     is_new = torch.ones_like(ordered)
     is_new[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).long()
-    classes = torch.empty_like(labels).scatter(1, pixels, is_new.cumsum(dim=1) - 1)
-    counts = torch.zeros_like(a[:, 0]).scatter_add(1, classes, (labels != IGNORED).to(a.dtype))
-    sums = torch.zeros_like(a).scatter_add(2, classes[:, None].expand_as(a), a)
+    numbers = is_new.cumsum(dim=1) - 1
+    classes = torch.empty_like(labels).scatter(1, pixels, numbers)
+    N, D, M = V.shape
+    K = int(numbers.amax()) + 1 if _checks.values_are_known(labels) and numbers.numel() else M
+    counts = V.new_zeros(N, K).scatter_add(1, classes, (labels != IGNORED).to(V.dtype))
+    sums = V.new_zeros(N, D, K).scatter_add(2, classes[:, None].expand_as(V), V)
     return sums, counts
 
 
@@ -275,15 +305,6 @@ def _labels(
 def _draw(num_anchors: int, V: Tensor) -> Tensor:
     """``num_anchors`` distinct pixels of every image, (N, K), from the default generator of the device."""
     return torch.rand(V.shape[0], V.shape[2], device=V.device).topk(num_anchors, dim=1, sorted=False).indices
-
-
-def _sparsity(V: Tensor, order: int, scheme: Scheme) -> Tensor:
-    """`|A_order V|`, (N, D - order * step, M)."""
-    return difference(V, order, 1, scheme).abs()
-
-
-def _take(x: Tensor, pixels: Tensor) -> Tensor:
-    return x.gather(2, pixels[:, None, :].expand(-1, x.shape[1], -1))
 
 
 def _on_valid(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import _checks
 from ._kernels import dense
 from ._ops import BACKENDS, Backend, check_backend, softmax_affinity
+from ._products import low_rank
 from .difference import SCHEMES, STEP, Scheme, difference, metric
 from .features import (
     NORMALIZATIONS,
@@ -342,8 +343,8 @@ def _linear_dot(
         p = 1 if normalize == "l1" else 2
         norm = inverse_norm(V, p)
         target_norm = norm if targets is V else inverse_norm(targets, p)
-    prototypes = (L if norm is None else L * norm) @ V.mT
-    out = metric(prototypes, weights, 2, scheme) @ targets
+    L = L if norm is None else L * norm
+    out = low_rank(L, V, None if targets is V else targets, weights, scheme)
     return out if target_norm is None else out * target_norm
 
 

@@ -41,10 +41,17 @@ def softmax_affinity(logits: Tensor, queries: Tensor, keys: Tensor, chunk: int |
 
 
 def softmax_affinity_backward(
-    grad: Tensor, logits: Tensor, queries: Tensor, keys: Tensor, lse: Tensor, chunk: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    logits: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    chunk: int | None,
+    need_queries: bool = True,
+    need_keys: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of `softmax_affinity` in logits, queries and keys for the gradient of its first output."""
     P = (queries.mT @ keys).softmax(dim=-1)
     grad_P = logits.mT @ grad
     grad_S = P * (grad_P - (P * grad_P).sum(dim=-1, keepdim=True))
-    return grad @ P.mT, keys @ grad_S.mT, queries @ grad_S
+    return grad @ P.mT, keys @ grad_S.mT if need_queries else None, queries @ grad_S if need_keys else None

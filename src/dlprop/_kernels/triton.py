@@ -450,8 +450,15 @@ def softmax_affinity(logits: Tensor, queries: Tensor, keys: Tensor, chunk: int |
 
 
 def softmax_affinity_backward(
-    grad: Tensor, logits: Tensor, queries: Tensor, keys: Tensor, lse: Tensor, chunk: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    logits: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    chunk: int | None,
+    need_queries: bool = True,
+    need_keys: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of `softmax_affinity`: the probabilities are formed again from the log-sum-exp, for each gradient.
 
     The row sum `sum_j P_ij dP_ij` of the softmax's gradient is `L_i . (grad P_i)`, already at hand.
@@ -462,11 +469,14 @@ def softmax_affinity_backward(
         lse = _log_sum_exp(queries, keys, chunk)  # rounded to half precision it would put P off by per cents
     carried = _softmax(queries, keys, grad, lse, chunk, sources_own=True)
     shift = (logits * carried).sum(dim=1)
-    pairs = logits, grad, shift
-    grad_queries = _softmax(queries, keys, keys, lse, chunk, sources_own=True, pairs=pairs)
-    pairs = grad, logits, shift
-    grad_keys = _softmax(keys, queries, queries, lse, chunk, sources_own=False, pairs=pairs)
-    return carried.to(logits.dtype), grad_queries.to(queries.dtype), grad_keys.to(keys.dtype)
+    grad_queries = grad_keys = None
+    if need_queries:
+        pairs = logits, grad, shift
+        grad_queries = _softmax(queries, keys, keys, lse, chunk, sources_own=True, pairs=pairs).to(queries.dtype)
+    if need_keys:
+        pairs = grad, logits, shift
+        grad_keys = _softmax(keys, queries, queries, lse, chunk, sources_own=False, pairs=pairs).to(keys.dtype)
+    return carried.to(logits.dtype), grad_queries, grad_keys
 
 
 def _log_sum_exp(queries: Tensor, keys: Tensor, chunk: int | None) -> Tensor:
