@@ -52,7 +52,21 @@ def _arguments(feats, target, anchors=None, tile=3, backend="auto", sum_sparsity
     """All the arguments of the op, for two orders of features that are normalised already."""
     valid = None if target.is_floating_point() else target >= 0
     weight = 0.5 + torch.arange(len(feats), dtype=feats.dtype, device=feats.device)
-    return feats, target, valid, anchors, weight, 0.7, sum_sparsity, 1, "forward", None, tile, backend, need_grad
+    return (
+        feats,
+        target,
+        valid,
+        anchors,
+        weight,
+        weight.new_tensor(0.7),
+        sum_sparsity,
+        1,
+        "forward",
+        None,
+        tile,
+        backend,
+        need_grad,
+    )
 
 
 def _loss(*inputs, **options):

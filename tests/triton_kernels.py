@@ -74,7 +74,7 @@ def _pairs(form, dtype, N=2, D=5, M=7, E=None):
 
 def _arguments(a, g, tile, need_grad=True, anchors=None):
     """The arguments of the loss's op that leave the pairs of order 0: those of the kernel itself."""
-    return a, g, None, anchors, a.new_ones(len(a)), 0.0, False, 0, "forward", None, tile, "triton", need_grad
+    return a, g, None, anchors, a.new_ones(len(a)), None, False, 0, "forward", None, tile, "triton", need_grad
 
 
 def _pair_op(*inputs):

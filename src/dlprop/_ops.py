@@ -100,7 +100,7 @@ def _check_gradient_was_kept(grad: Tensor, grad_loss: Tensor) -> None:
 
 define(
     "dlprop::derivative_l1",
-    "(Tensor feats, Tensor target, Tensor? valid, Tensor? anchors, Tensor pair_weight, float eta, bool sum_sparsity,"
+    "(Tensor feats, Tensor target, Tensor? valid, Tensor? anchors, Tensor pair_weight, Tensor? eta, bool sum_sparsity,"
     " int max_order, str scheme, str? normalize, int? tile, str backend, bool need_grad) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )

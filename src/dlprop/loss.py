@@ -147,7 +147,7 @@ def derivative_loss(
                 valid,
                 None if num_anchors is None or num_anchors >= M else _draw(num_anchors, V),
                 pair_weight,
-                eta,
+                None if eta == 0 else eta * V.new_ones(()),
                 reduction == "sum",
                 max_order,
                 scheme,

@@ -25,7 +25,7 @@ def derivative_l1(
     valid: Tensor | None,
     anchors: Tensor | None,
     pair_weight: Tensor,
-    eta: float,
+    eta: Tensor | None,
     sum_sparsity: bool,
     max_order: int,
     scheme: Scheme,
@@ -42,7 +42,7 @@ def derivative_l1(
         valid: (N, M), False where a pixel takes part in no pair; None for all True.
         anchors: (N, K) pixels, to compare all pixels with these only and count each for M / K; None for all.
         pair_weight: w of every image, (N,).
-        eta: weight of the sparsity term; 0 leaves it out.
+        eta: weight of the sparsity term, a tensor of one number; None leaves it out.
         sum_sparsity: whether that is a sum, else a mean over elements.
         max_order: Q.
         scheme: of the differences.
@@ -79,7 +79,7 @@ def derivative_l1(
     total *= pair_weight
     if grad is not None:
         grad *= pair_weight[:, None, None]
-    if eta != 0:
+    if eta is not None:
         total += _add_sparsity(rows, grad, max_order + 1, scheme, eta, is_mean=not sum_sparsity)
     return total, None if grad is None else grad.mT
 
@@ -165,7 +165,7 @@ def _add_adjoint(grad: Tensor, order_grad: Tensor, q: int, scheme: Scheme) -> No
 
 
 def _add_sparsity(
-    rows: Tensor, grad: Tensor | None, order: int, scheme: Scheme, eta: float, *, is_mean: bool
+    rows: Tensor, grad: Tensor | None, order: int, scheme: Scheme, eta: Tensor, *, is_mean: bool
 ) -> Tensor:
     """`eta |A_order V|` of every image, a sum or a mean; its gradient is added in place."""
     N, M, D = rows.shape
@@ -176,7 +176,7 @@ def _add_sparsity(
             change = difference(rows[n, block], order, 1, scheme)
             sums[n] += change.abs().sum()
             if grad is not None:
-                grad[n, block].add_(difference_adjoint(change.sgn(), order, 1, scheme), alpha=weight)
+                grad[n, block] += weight * difference_adjoint(change.sgn(), order, 1, scheme)
     return sums * weight
 
 
