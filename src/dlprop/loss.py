@@ -88,9 +88,10 @@ def derivative_loss(
             that cannot run here.
 
     Cost:
-        "l1": time 4 M^2 D an image and order against features, 3 M^2 D against labels, value and gradient together;
-        memory O(M D).
-        "frobenius": time O(M D^2), memory O(M D); in float32 a value below 1e-7 of a mean pair of labels is rounding.
+        "l1": time 4 M^2 D an image and order against features, 3 M^2 D against labels, value and gradient together; on
+        CPUs labels at order 0 take O(M D) where features are known to be non-negative with sum 1. Memory O(M D): three
+        times the features at the peak, beside inputs and gradient.
+        "frobenius": time O(M D^2) whatever the order, memory O(M D); in float32 a value below 1e-7 of a mean pair of labels is rounding.
         With `num_anchors=K`: time O(M K D).
 
     Example:
