@@ -605,7 +605,10 @@ def test_split_of_cityscapes_writes_lines_as_they_are_published(tmp_path, capsys
         (("--from", "half"), r"val: expected at least 1, got 0"),
         (("--labeled", 5, "--val", 2), r"\S+train\.txt: expected at least 7 images to draw from, found 6"),
         (("--from", "half", "--val", 4), r"\S+half/unlabeled\.txt: expected at least 4 images to draw from, found 3"),
-        (("--labeled", 1, "--list", "none.txt"), r"\S+Segmentation/none\.txt: expected a list of images, found no"),
+        (
+            ("--labeled", 1, "--list", "none.txt"),
+            r"\S+Segmentation/none\.txt: expected .* found no such file; .*--list$",
+        ),
         (("--from", "quarter", "--val", 1), r"\S+quarter: expected the folder of a partition, found none"),
     ],
 )

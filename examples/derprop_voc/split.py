@@ -67,6 +67,8 @@ def split_command(arguments: argparse.Namespace) -> None:
 
 def draw(pool: Path, source: Source, *, labeled: int, val: int, seed: int) -> dict[str, Lines]:
     """Random labelled and held-out images of a list; the rest is unlabelled."""
+    if not pool.exists():
+        raise DataError(f"{pool}: expected a list of images, found no such file; name another list with --list")
     order = _ordered(_read(pool, source), seed)
     _check_count(pool, labeled + val, len(order))
     lists = {"labeled.txt": order[:labeled], "unlabeled.txt": order[labeled + val :]}

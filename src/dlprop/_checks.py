@@ -72,7 +72,11 @@ def order_weights(weights: Sequence[float] | None, max_order: int) -> tuple[floa
 def floating(name: str, x: Any) -> None:
     """Raise unless ``x`` is a floating-point tensor."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        way_out = {
+            "ndarray": "; convert it with torch.from_numpy",
+            "dict": ', if from a torchvision model take its ["out"]',
+        }
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{way_out.get(type(x).__name__, '')}")
     if not x.is_floating_point() or x.dtype.itemsize < 2:
         raise TypeError(
             f"{name} must have a floating-point dtype of 16 bits or more, got {x.dtype}; convert it with {name}.float()"
@@ -99,7 +103,10 @@ def same_kind(name: str, x: Tensor, other: str, y: Tensor) -> None:
     """Raise unless both tensors share device, batch, rank and, outside autocast, dtype."""
     same_device(name, x, other, y)
     if x.dtype != y.dtype and not autocast_enabled(x):
-        raise TypeError(f"{name} and {other} must have one dtype outside autocast, got {x.dtype} and {y.dtype}")
+        raise TypeError(
+            f"{name} and {other} must have one dtype outside autocast, got {x.dtype} and {y.dtype}; "
+            f"for instance {other}.to({name}.dtype)"
+        )
     if x.ndim != y.ndim:
         raise ValueError(
             f"{name} and {other} must both be (N, _, H, W) or both be flat (N, _, M), "

@@ -55,7 +55,7 @@ def derivative_loss(
         feats: features `V`, floating, `(N, D, H, W)` or `(N, D, M)`.
         target: integer labels `(N, H', W')` (or `(N, M)` with flat features), each `>= 0` or equal to `ignore_index`
             and compared only for equality; or features of the shape of `feats`. Labels on another grid are sampled at
-            the points of the features.
+            the points of the features. The dtype decides: a floating target is always read as features.
         mask: bool on the target's grid; False pixels are ignored, in both forms.
         max_order: highest order `Q` of the difference in the pair terms; the sparsity term has order `Q + 1`.
         eta: weight of the sparsity term, `>= 0`.
@@ -91,7 +91,8 @@ def derivative_loss(
         "l1": time 4 M^2 D an image and order against features, 3 M^2 D against labels, value and gradient together; on
         CPUs labels at order 0 take O(M D) where features are known to be non-negative with sum 1. Memory O(M D): three
         times the features at the peak, beside inputs and gradient.
-        "frobenius": time O(M D^2) whatever the order, memory O(M D); in float32 a value below 1e-7 of a mean pair of labels is rounding.
+        "frobenius": time O(M D^2) whatever the order, memory O(M D); in float32 a value below 1e-7 of a mean pair of
+        labels is rounding.
         With `num_anchors=K`: time O(M K D).
 
     Example:
@@ -363,7 +364,7 @@ def _check_tensors(
         if target.shape != feats.shape:
             raise ValueError(
                 f"a floating target must have the shape of feats, {tuple(feats.shape)}, got {tuple(target.shape)}; "
-                "if these are labels, convert them with target.long()"
+                "if these are labels, convert them with target.long(), one-hot or probabilities with target.argmax(1)"
             )
         _checks.same_kind("feats", feats, "target", target)
         grid = (feats.shape[0], *feats.shape[2:])
@@ -382,7 +383,8 @@ def _check_labels(feats: Tensor, target: Tensor, ignore_index: int) -> None:
     if target.ndim != feats.ndim - 1:
         raise ValueError(
             f"target must be labels {expected} for feats {tuple(feats.shape)}, got {tuple(target.shape)}; "
-            "drop a channel axis with target.squeeze(1), turn one-hot labels into indices with target.argmax(1)"
+            "drop a channel axis with target.squeeze(1); turn one-hot labels into indices with argmax over their class "
+            "axis, target.argmax(1) for (N, C, H, W) and target.argmax(-1) for (N, H, W, C)"
         )
     _checks.same_batch("feats", feats, "target", target)
     if feats.ndim == 3 and target.shape[1] != feats.shape[2]:
