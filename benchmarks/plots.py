@@ -1,0 +1,5 @@
+"""Plots."""
+
+
+def draw_all(found, folder):
+    return None
