@@ -29,6 +29,7 @@ def propagation(p: Problem) -> Variants:
     """Eq. 4, forward."""
     logits, feats = p.logits(), p.features()
     pairs, e = p.n * p.M**2, p.element
+    written = Work(pairs * (4 * p.D + 2 * p.C), 0, 3 * e * pairs)
     low_rank = Work(4 * p.n * p.M * p.D * p.C, e * p.n * p.M * (2 * p.D + 2 * p.C), 4 * e * p.n * p.M * p.C)
     dense = Work(pairs * (4 * p.D + 2 * p.C), 0, 4 * e * pairs)
     L, V = logits.flatten(2), feats.flatten(2)
@@ -41,9 +42,11 @@ def propagation(p: Problem) -> Variants:
     variants = backends(p, ours)
     variants.pop("dlprop triton", None)  # the linear affinity is matrix products
     return variants | {
-        "dense PyTorch": Variant(forward(lambda: beside.dense_propagation(logits, feats)), work=dense),
-        "dense, compiled": Variant(forward(lambda: compiled_propagation(logits, feats)), work=dense),
-        "KeOps": Variant(forward(lambda: beside.keops_propagation(logits, feats)), work=Work(dense.operations)),
+        "dense PyTorch": Variant(forward(lambda: beside.dense_propagation(logits, feats)), work=written),
+        "dense, compiled": Variant(forward(lambda: compiled_propagation(logits, feats)), work=written, compiles=True),
+        "KeOps": Variant(
+            forward(lambda: beside.keops_propagation(logits, feats)), work=Work(written.operations), compiles=True
+        ),
         "its two matrix products": Variant(forward(lambda: (L @ V.mT) @ V), "bound", low_rank),
     }
 
@@ -106,9 +109,13 @@ def loss_consistency(p: Problem) -> Variants:
     compiled_loss = compiled(beside.dense_loss)
     return backends(p, ours) | {
         "dense autograd": Variant(forward_backward(lambda: beside.dense_loss(feats, view), feats), work=autograd),
-        "dense, compiled": Variant(forward_backward(lambda: compiled_loss(feats, view), feats), work=autograd),
+        "dense, compiled": Variant(
+            forward_backward(lambda: compiled_loss(feats, view), feats), work=autograd, compiles=True
+        ),
         "KeOps": Variant(
-            forward_backward(lambda: beside.keops_loss(feats, view), feats), work=Work(autograd.operations)
+            forward_backward(lambda: beside.keops_loss(feats, view), feats),
+            work=Work(autograd.operations),
+            compiles=True,
         ),
     }
 
@@ -132,7 +139,9 @@ def loss_labelled(p: Problem, *, signed: bool = False) -> Variants:
         "dense autograd": Variant(
             forward_backward(lambda: beside.dense_labelled_loss(feats, labels), feats), work=autograd
         ),
-        "dense, compiled": Variant(forward_backward(lambda: compiled_loss(feats, labels), feats), work=autograd),
+        "dense, compiled": Variant(
+            forward_backward(lambda: compiled_loss(feats, labels), feats), work=autograd, compiles=True
+        ),
     }
 
 
@@ -189,8 +198,8 @@ def softmax(p: Problem) -> Variants:
     keys = (V + _metric(V)).detach().requires_grad_()
     return backends(p, ours) | {
         "dense autograd": Variant(step(beside.dense_softmax), work=autograd),
-        "dense, compiled": Variant(step(compiled(beside.dense_softmax)), work=autograd),
-        "KeOps": Variant(step(beside.keops_softmax), work=Work(autograd.operations)),
+        "dense, compiled": Variant(step(compiled(beside.dense_softmax)), work=autograd, compiles=True),
+        "KeOps": Variant(step(beside.keops_softmax), work=Work(autograd.operations), compiles=True),
         "attention (normalised over the sources)": Variant(
             forward_backward(lambda: beside.attention(logits, queries, keys), queries, keys, grad=grad),
             "related",
@@ -228,7 +237,7 @@ def released(p: Problem) -> Variants:
 
     return backends(p, ours) | {
         "released formula": Variant(step(beside.released_affinity), work=autograd),
-        "released formula, compiled": Variant(step(compiled(beside.released_affinity)), work=autograd),
+        "released formula, compiled": Variant(step(compiled(beside.released_affinity)), work=autograd, compiles=True),
     }
 
 

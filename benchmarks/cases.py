@@ -137,6 +137,15 @@ CASES: dict[str, Case] = {
         (Target("cost", 1.5, "feature grid with two resizes"),),
         ("cpu", "cuda"),
     ),
+    "loss_21": Case(
+        "loss against a view, 21 x 21, forward and backward",
+        "loss",
+        builders.loss_consistency,
+        square(21),
+        is_quick=False,
+        devices=("cpu", "cuda"),
+        tolerance=KINKS,
+    ),
     "loss_81": Case(
         "loss against a view, 81 x 81, forward and backward",
         "loss",
@@ -154,6 +163,7 @@ CASES: dict[str, Case] = {
         square(41, 4),
         (Target("speedup", 3, AUTOGRAD),),
         ("cpu", "cuda"),
+        without=SLOW,
         tolerance=KINKS,
     ),
     "loss_129": Case(
@@ -199,6 +209,13 @@ CASES: dict[str, Case] = {
         only=("dlprop", AUTOGRAD),
         tolerance=KINKS,
     ),
+    "softmax_21": Case(
+        "softmax affinity, 21 x 21, forward and backward",
+        "softmax",
+        builders.softmax,
+        square(21),
+        is_quick=False,
+    ),
     "softmax_41": Case(
         "softmax affinity, 41 x 41, forward and backward",
         "softmax",
@@ -206,6 +223,7 @@ CASES: dict[str, Case] = {
         square(41),
         devices=("cpu", "cuda"),
         is_quick=False,
+        without=SLOW,
     ),
     "softmax_81": Case(
         "softmax affinity, 81 x 81, forward and backward",
@@ -274,7 +292,7 @@ GROWTH: dict[str, Growth] = {
     "growth_propagation": Growth(
         "Eq. 4",
         builders.propagation,
-        (64, 91, 128, 181, 256, 362, 512, 724, 1024),
+        (64, 91, 128, 256, 362, 512, 724, 1024),
         (128, 256, 512),
         (64, 128, 256, 512, 1024, 1448),
         ("dlprop", DENSE),
@@ -283,7 +301,7 @@ GROWTH: dict[str, Growth] = {
     "growth_loss": Growth(
         "loss against a view, forward and backward",
         builders.loss_consistency,
-        (33, 41, 57, 81, 113, 161),
+        (21, 33, 49, 81, 129, 181),
         (33, 57, 81),
         (41, 81, 129, 161, 228, 321),
         ("dlprop", AUTOGRAD, "KeOps"),
@@ -292,10 +310,10 @@ GROWTH: dict[str, Growth] = {
     "growth_softmax": Growth(
         "softmax affinity, forward and backward",
         builders.softmax,
-        (33, 41, 57, 81, 113, 161),
+        (21, 33, 49, 81, 129, 181),
         (33, 57, 81),
         (41, 81, 129, 161, 228, 321),
-        ("dlprop", AUTOGRAD, "KeOps"),
+        ("dlprop", AUTOGRAD),
         (Target("memory slope", 1.05),),
     ),
     "growth_sampled": Growth(
@@ -310,7 +328,7 @@ GROWTH: dict[str, Growth] = {
     "growth_frobenius": Growth(
         "squared loss, forward and backward",
         builders.loss_frobenius,
-        (41, 65, 129, 257, 321),
+        (41, 65, 91, 129, 257, 513),
         (65, 129),
         (65, 129, 257, 513),
         ("dlprop", AUTOGRAD),

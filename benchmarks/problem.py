@@ -86,6 +86,7 @@ class Variant:
     run: Callable[[], tuple[Tensor, ...]]
     kind: Kind = "equivalent"
     work: Work = field(default_factory=Work)
+    compiles: bool = False  # at the first run, which therefore says nothing about the time
 
 
 Variants = dict[str, Variant]
