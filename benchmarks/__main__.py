@@ -12,6 +12,8 @@ import torch
 from . import accuracy, machine, results, suite, table
 from .cases import CASES, GROWTH
 
+EVERYTHING = (*CASES, *GROWTH, "ragged", "accuracy")
+
 
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
@@ -27,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{table.machine(found)}")
     troubles = list(failures(found))
     if options.save:
-        whole = results.merged(results.load(options.device), found)
+        # A whole run stands alone; single cases go into what is there.
+        whole = results.merged(results.load(options.device), found) if options.cases else found
+        whole["entries"] = {name: whole["entries"][name] for name in EVERYTHING if name in whole["entries"]}
         results.check(results.finite(whole))
         path = results.write(whole, results.FOLDER)
         print(f"\nsaved {path.relative_to(machine.ROOT)}", file=sys.stderr)
@@ -38,13 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    everything = [*CASES, *GROWTH, "ragged", "accuracy"]
     described = {name: case.title for name, case in (CASES | GROWTH).items()}
     described |= {"ragged": "the loss at neighbouring numbers of pixels", "accuracy": "errors against float64"}
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Speed, memory and accuracy of dlprop beside what one would write or install instead.",
-        epilog="cases:\n" + "\n".join(f"  {name:24}{described[name]}" for name in everything),
+        epilog="cases:\n" + "\n".join(f"  {name:24}{described[name]}" for name in EVERYTHING),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="cases to run (default: all that belong to the mode)")
@@ -56,9 +59,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.cases if name not in everything]
+    unknown = [name for name in options.cases if name not in EVERYTHING]
     if unknown:
-        parser.error(f"unknown case {unknown[0]!r}; choose from {', '.join(everything)}")
+        parser.error(f"unknown case {unknown[0]!r}; choose from {', '.join(EVERYTHING)}")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -118,11 +121,13 @@ def redraw(tables: bool, plots: bool) -> int:
         print(f"there are no results in {results.FOLDER}: run with --save first", file=sys.stderr)
         return 1
     if tables:
-        table.replace_in_readme(found)
+        table.replace_in_readme(found, results.load("cuda"))
     if plots:
         from . import plots as drawing
 
-        drawing.draw_all(found, results.FOLDER)
+        for one in (found, results.load("cuda")):
+            if one is not None:
+                drawing.draw_all(one, results.FOLDER)
     return 0
 
 

@@ -39,7 +39,7 @@ class Effort:
     longest: float  # seconds that one run may be expected to take; longer ones are "too slow"
 
 
-EFFORTS = {"quick": Effort(4.0, 2, 9, 20.0), "full": Effort(20.0, 3, 21, 40.0)}
+EFFORTS = {"quick": Effort(4.0, 2, 9, 30.0), "full": Effort(20.0, 3, 21, 40.0)}
 
 
 def seconds_of(run: Run, device: str, times: int = 1) -> float:

@@ -17,9 +17,9 @@ PARTIAL = ROOT / "runs" / "benchmarks"  # every run leaves its results here as i
 SCHEMA = json.loads((Path(__file__).parent / "schema.json").read_text())
 
 
-def load(device: str, folder: Path = FOLDER) -> dict[str, Any] | None:
+def load(device: str, folder: Path | None = None) -> dict[str, Any] | None:
     """The committed results of ``device``, or None where there are none."""
-    path = folder / f"{device}.json"
+    path = (folder or FOLDER) / f"{device}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 

@@ -87,7 +87,7 @@ def run_case(name: str, settings: Settings) -> Entry:
         if case.with_memory:
             add_memory(entry["variants"], case.build, problem, settings)
     entry["targets"] = [
-        judged(target, entry["variants"], samples, settings)
+        {"title": target.title or case.title} | judged(target, entry["variants"], samples, settings)
         for target in case.targets
         if target.device == settings.device
     ]
@@ -289,7 +289,9 @@ def run_growth(name: str, settings: Settings) -> Entry:
     entry = {"title": growth.title, "group": "growth", "run": machine.provenance(settings.mode), "points": points}
     slopes = entry["slopes"] = {variant: slopes_of(points, variant) for variant in growth.variants}
     entry["targets"] = [
-        verdict(t, slopes[t.of]["time" if t.measure == "time slope" else "memory"], settings) for t in growth.targets
+        {"title": t.title or growth.title}
+        | verdict(t, slopes[t.of]["time" if t.measure == "time slope" else "memory"], settings)
+        for t in growth.targets
     ]
     return entry
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from .cases import CASES
 
 Results = dict[str, Any]
 
@@ -34,9 +37,9 @@ VALUES = {
 MISSING = {"bfloat16_matrix_units": "this processor has no bfloat16 matrix units"}
 
 
-def readme(results: Results) -> str:
+def readme(results: Results, gpu: Results | None) -> str:
     """What stands between the marks of the README."""
-    return f"{targets(results)}\n\n{machine(results)}"
+    return f"{targets(results)}\n\n{machine(results)}\n\nOn a GPU:\n\n{cuda(gpu)}"
 
 
 def targets(results: Results) -> str:
@@ -44,14 +47,13 @@ def targets(results: Results) -> str:
     rows = []
     for entry in results["entries"].values():
         for target in entry.get("targets", ()):
-            title = entry["title"] if target["of"] == "dlprop" else f"{entry['title']}: {target['of']}"
             if entry["group"] == "growth":
                 ours, beside = "", ""
             else:
                 ours = _time(entry["variants"].get(target["of"]))
                 other = target["against"]
                 beside = "" if other is None else f"{other}: {_time(entry['variants'].get(other))}"
-            rows.append((title, bound(target), figure(target, entry), ours, beside))
+            rows.append((target["title"], bound(target), figure(target, entry) + _error(target, results), ours, beside))
     return _table(("case", "target", "measured", "time", "beside"), rows)
 
 
@@ -77,6 +79,37 @@ def figure(target: Results, entry: Results) -> str:
     return f"{text}, {'met' if target['met'] else '**missed**'}"
 
 
+def _error(target: Results, results: Results) -> str:
+    """For a variant that trades accuracy for time: its gradient's error against float64 at the largest size."""
+    rows = results["entries"].get("accuracy", {}).get("rows", ())
+    errors = {r["pixels"]: r["relative_error"] for r in rows if r["variant"] == target["of"] and _is_reduced(r)}
+    return f" (gradient off by {errors[max(errors)]:.1e})" if errors and target["needs"] else ""
+
+
+def _is_reduced(row: Results) -> bool:
+    return not row["variant"].startswith("dlprop") and row["result"] == "gradient" and row["status"] == "ok"
+
+
+def cuda(results: Results | None) -> str:
+    """The targets on a GPU; their rows without figures where none has been measured."""
+    if results is not None:
+        return f"{targets(results)}\n\n{machine(results)}"
+    blank = "not measured"
+    rows = [
+        (
+            target.title or case.title,
+            bound(asdict(target)),
+            blank,
+            blank,
+            f"{target.against}: {blank}" if target.against else "",
+        )
+        for case in CASES.values()
+        for target in case.targets
+        if target.device == "cuda"
+    ]
+    return _table(("case", "target", "measured", "time", "beside"), rows)
+
+
 def machine(results: Results) -> str:
     """The line below a table: what the figures belong to."""
     facts, rates = results["machine"], results["rates"]
@@ -89,8 +122,15 @@ def machine(results: Results) -> str:
         f"float32{' (TF32 products)' if 'tf32' in rates else ''}, D = 256, C = 21, {where}, "
         f"torch {facts['versions']['torch']}, commit {', '.join(commits)}. Medians of interleaved runs; ratios are "
         f"medians over rounds of the ratio within a round. In the same run square matrix products reach "
-        f"{matrix / 1e9:.0f} GFLOP/s and a copy {rates['copy'] / 1e9:.0f} GB/s."
+        f"{matrix / 1e9:.0f} GFLOP/s ({rates['bfloat16'] / 1e9:.0f} in bfloat16, {_units(facts)}) and a copy "
+        f"{rates['copy'] / 1e9:.0f} GB/s."
     )
+
+
+def _units(facts: Results) -> str:
+    if facts["bfloat16_matrix_units"]:
+        return "with matrix units"
+    return f"without matrix units, {'with' if facts['bfloat16_vectors'] else 'without'} vector instructions"
 
 
 def competitors(results: Results) -> str:
@@ -142,7 +182,7 @@ def ragged(results: Results) -> str:
 def accuracy(results: Results) -> str:
     """Relative errors at the largest size, a row for each subject and variant, a column for each dtype."""
     entry = results["entries"].get("accuracy")
-    if entry is None or entry["group"] != "accuracy":
+    if entry is None or not entry.get("rows"):
         return "Not measured."
     pixels = max(row["pixels"] for row in entry["rows"])
     cells: dict[tuple[str, str, str], dict[str, str]] = {}
@@ -156,12 +196,12 @@ def accuracy(results: Results) -> str:
     return _table(("case", "result", "variant", *dtypes), rows)
 
 
-def replace_in_readme(results: Results) -> None:
+def replace_in_readme(results: Results, gpu: Results | None) -> None:
     """Write the table between the two marks of the README."""
     text = README.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{readme(results)}\n{END}{after}")
+    README.write_text(f"{before}{BEGIN}\n{readme(results, gpu)}\n{END}{after}")
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

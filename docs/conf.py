@@ -27,8 +27,15 @@ extensions = [
 exclude_patterns = ["_build", "gallery"]
 myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
 myst_heading_anchors = 3
+measured = results.load("cpu")
 myst_substitutions = {
-    "benchmark_table": table.readme(results.load("cpu")),
+    "benchmark_targets": table.targets(measured),
+    "benchmark_machine": table.machine(measured),
+    "benchmark_competitors": table.competitors(measured),
+    "benchmark_growth": table.growth(measured),
+    "benchmark_ragged": table.ragged(measured),
+    "benchmark_accuracy": table.accuracy(measured),
+    "benchmark_cuda": table.cuda(results.load("cuda")),
 }
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -28,7 +28,7 @@ def test_there_is_one_version():
 
 def test_the_readme_table_is_that_of_the_results():
     table = README.split(BEGIN)[1].split(END)[0].strip()
-    assert table == readme(results.load("cpu")), "refresh it with `python -m benchmarks --table`"
+    assert table == readme(results.load("cpu"), results.load("cuda")), "refresh it with `python -m benchmarks --table`"
 
 
 def test_links_and_pictures_of_the_readme_exist():
