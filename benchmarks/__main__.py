@@ -29,12 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{table.machine(found)}")
     troubles = list(failures(found))
     if options.save:
-        # A whole run stands alone; single cases go into what is there.
-        whole = results.merged(results.load(options.device), found) if options.cases else found
-        whole["entries"] = {name: whole["entries"][name] for name in EVERYTHING if name in whole["entries"]}
-        results.check(results.finite(whole))
-        path = results.write(whole, results.FOLDER)
-        print(f"\nsaved {path.relative_to(machine.ROOT)}", file=sys.stderr)
+        if not options.cases:  # a whole run stands alone, once it is whole
+            save(found)
         redraw(tables=True, plots=True)
     for trouble in troubles:
         print(f"FAILED {trouble}", file=sys.stderr)
@@ -81,9 +77,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         found["entries"][name] = entry(name, settings)
         results.write(found, results.PARTIAL)
+        if options.save and options.cases:  # a single case goes into what is there, as soon as it is measured
+            save(results.merged(results.load(options.device), found))
         print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
     print(f"{time.perf_counter() - begin:.0f} s in all", file=sys.stderr)
     return found
+
+
+def save(found: dict[str, Any]) -> None:
+    """Check and write the results of this version, in the order of the cases."""
+    found = found | {"entries": {name: found["entries"][name] for name in EVERYTHING if name in found["entries"]}}
+    results.check(results.finite(found))
+    results.write(found, results.FOLDER)
 
 
 def entry(name: str, settings: suite.Settings) -> dict[str, Any]:
