@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from . import accuracy, machine, results, suite, table
-from .cases import CASES, GROWTH
+from . import accuracy, growth, machine, results, suite, table
+from .cases import CASES
+from .growth import GROWTH
 
 EVERYTHING = (*CASES, *GROWTH, "ragged", "accuracy")
 
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     settings = suite.Settings(options.device, mode, not options.no_memory, rates, facts)
     found: dict[str, Any] = {"format": 2, "device": options.device, "machine": facts, "rates": rates, "entries": {}}
     begin = time.perf_counter()
-    for name in options.cases or suite.names(options.device, mode):
+    for name in options.cases or names(options.device, mode):
         print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
         start = time.perf_counter()
         found["entries"][name] = entry(name, settings)
@@ -82,6 +83,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
     print(f"{time.perf_counter() - begin:.0f} s in all", file=sys.stderr)
     return found
+
+
+def names(device: str, mode: str) -> list[str]:
+    """What a run of ``mode`` measures on ``device``."""
+    is_full = mode == "full"
+    cases = [name for name, case in CASES.items() if device in case.devices and (is_full or case.is_quick)]
+    growth = [name for name, growth in GROWTH.items() if device in growth.devices]
+    return [*cases, *growth, *(["ragged"] if is_full else []), "accuracy"]
 
 
 def save(found: dict[str, Any]) -> None:
@@ -97,9 +106,9 @@ def entry(name: str, settings: suite.Settings) -> dict[str, Any]:
         if name in CASES:
             return suite.run_case(name, settings)
         if name in GROWTH:
-            return suite.run_growth(name, settings)
+            return growth.run(name, settings)
         if name == "ragged":
-            return suite.run_ragged(settings)
+            return growth.run_ragged(settings)
         return accuracy.run(settings.device, settings.mode)
     except Exception as error:
         note = f"{type(error).__name__}: {error}"[:500]

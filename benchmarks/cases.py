@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -54,21 +54,6 @@ class Case:
     with_memory: bool = True
     extra: Callable[[Problem], dict[str, float]] | None = None
     sample: Callable[[int], dict[str, list[float]]] | None = None  # instead of `build`: seconds by variant
-
-
-@dataclass(frozen=True)
-class Growth:
-    """A problem at several sizes: how time and memory of some variants grow with the pixels."""
-
-    title: str
-    build: Callable[[Problem], Variants]
-    edges: tuple[int, ...]
-    quick_edges: tuple[int, ...]
-    cuda_edges: tuple[int, ...]
-    variants: tuple[str, ...]
-    targets: tuple[Target, ...] = ()
-    problem: Problem = field(default_factory=lambda: Problem(1, 1))
-    devices: tuple[Device, ...] = ("cpu", "cuda")
 
 
 def square(edge: int, n: int = 1, **sizes: int) -> Problem:
@@ -308,59 +293,4 @@ CASES: dict[str, Case] = {
         (Target("seconds", 0.1),),
         sample=import_seconds,
     ),
-}
-
-GROWTH: dict[str, Growth] = {
-    "growth_propagation": Growth(
-        "Eq. 4",
-        builders.propagation,
-        (64, 91, 128, 256, 362, 512, 724, 1024),
-        (128, 256, 512),
-        (64, 128, 256, 512, 1024, 1448),
-        ("dlprop", DENSE),
-        (Target("time slope", 1.05), Target("memory slope", 1.05)),
-    ),
-    "growth_loss": Growth(
-        "loss against a view, forward and backward",
-        builders.loss_consistency,
-        (21, 33, 49, 81, 129, 181),
-        (33, 57, 81),
-        (41, 81, 129, 161, 228, 321),
-        ("dlprop", AUTOGRAD, "KeOps"),
-        (Target("memory slope", 1.05),),
-    ),
-    "growth_softmax": Growth(
-        "softmax affinity, forward and backward",
-        builders.softmax,
-        (21, 33, 49, 81, 129, 181),
-        (33, 57, 81),
-        (41, 81, 129, 161, 228, 321),
-        ("dlprop", AUTOGRAD),
-        (Target("memory slope", 1.05),),
-    ),
-    "growth_sampled": Growth(
-        "loss with 1024 anchors, forward and backward",
-        builders.loss_sampled,
-        (65, 91, 129, 181, 257),
-        (65, 129),
-        (65, 129, 257, 513),
-        ("dlprop",),
-        (Target("memory slope", 1.05),),
-    ),
-    "growth_frobenius": Growth(
-        "squared loss, forward and backward",
-        builders.loss_frobenius,
-        (41, 65, 91, 129, 257, 513),
-        (65, 129),
-        (65, 129, 257, 513),
-        ("dlprop", AUTOGRAD),
-        (Target("memory slope", 1.05),),
-    ),
-}
-
-# Pixels of one image around 41 x 41, 81 x 81 and a multiple of common tile sizes, in steps that divide none of them.
-RAGGED_PIXELS = {
-    "41 x 41": tuple(range(41 * 41 - 40, 41 * 41 + 41, 5)),
-    "81 x 81": (*range(81 * 81 - 40, 81 * 81 + 41, 8), 81 * 81 - 1, 81 * 81 + 1),
-    "13 tiles of 512": (6640, 6648, 6655, 6656, 6657, 6664, 6672),
 }
