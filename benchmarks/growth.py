@@ -89,8 +89,9 @@ def run(name: str, settings: Settings) -> Entry:
     known: dict[str, tuple[float, float]] = {}
     for edge in edges(growth, settings):
         problem = replace(growth.problem, height=edge, width=edge, device=settings.device)
-        variants = {k: v for k, v in growth.build(problem).items() if k in growth.variants}
-        if settings.device == "cuda" or settings.mode == "quick":
+        wanted = growth.variants if settings.mode == "full" else ("dlprop",)
+        variants = {k: v for k, v in growth.build(problem).items() if k in wanted}
+        if settings.device == "cuda":
             variants.pop("KeOps", None)
         entries, _ = measured(variants, settings, KINKS, known=known)
         add_memory(entries, growth.build, problem, settings)

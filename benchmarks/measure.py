@@ -39,7 +39,7 @@ class Effort:
     longest: float  # seconds that one run may be expected to take; longer ones are "too slow"
 
 
-EFFORTS = {"quick": Effort(4.0, 2, 9, 30.0), "full": Effort(20.0, 3, 21, 40.0)}
+EFFORTS = {"quick": Effort(3.0, 2, 9, 30.0), "full": Effort(20.0, 3, 21, 40.0)}
 
 
 def seconds_of(run: Run, device: str, times: int = 1) -> float:
@@ -137,7 +137,8 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any, timeout: flo
     The process is forked from a server that has imported torch and this package and run nothing: fresh, without paying
     for the imports again.
     """
-    context = multiprocessing.get_context("forkserver")
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
     context.set_forkserver_preload(["benchmarks.suite"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, function, arguments))

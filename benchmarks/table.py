@@ -11,6 +11,7 @@ from .cases import CASES
 
 Results = dict[str, Any]
 
+NBSP = "\u00a0"  # a figure and its unit stay on one line
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- benchmarks: begin (python -m benchmarks --table) -->", "<!-- benchmarks: end -->"
 
@@ -220,7 +221,7 @@ def _time(variant: Results | None) -> str:
     if variant["status"] != "ok":
         return variant["status"]
     seconds = variant["seconds"]["median"]
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.2f}{NBSP}s" if seconds >= 1 else f"{seconds * 1e3:.3g}{NBSP}ms"
 
 
 def _mib(variant: Results) -> str:

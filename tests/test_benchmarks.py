@@ -122,6 +122,8 @@ def test_a_short_run_measures_what_the_targets_name_and_a_gpu_run_leaves_out_keo
     assert "dense, compiled" in suite.chosen(case, variants, replace(SETTINGS, mode="full"))
     gpu = replace(SETTINGS, device="cuda", mode="full")
     assert "KeOps" not in suite.chosen(CASES["propagation_41"], variants, gpu)
+    on_gpu = builders.backends(Problem(1, 1, device="cuda"), lambda backend: backend)
+    assert on_gpu == {"dlprop": "auto", "dlprop dense": "dense", "dlprop tiled": "tiled", "dlprop triton": "triton"}
     assert "loss_321" in cli.names("cuda", "full")
     assert "loss_321" not in cli.names("cpu", "full")
     assert "import" not in cli.names("cuda", "full")
