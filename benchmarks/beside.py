@@ -53,26 +53,26 @@ def attention(logits: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     return out[:, 0, :, : logits.shape[1]].mT.reshape(logits.shape)
 
 
-def dense_loss(feats: Tensor, view: Tensor) -> Tensor:
+def dense_loss(feats: Tensor, view: Tensor, eta: float = 0.5) -> Tensor:
     """Eq. 8 against another view, as one would write it: a residual matrix for each order, and the sparsity."""
     V, W = unit(feats), unit(view)
     A, B = V.diff(dim=1), W.diff(dim=1)
-    return (V.mT @ V - W.mT @ W).abs().mean() + (A.mT @ A - B.mT @ B).abs().mean() + _sparsity(V)
+    return (V.mT @ V - W.mT @ W).abs().mean() + (A.mT @ A - B.mT @ B).abs().mean() + eta * _sparsity(V)
 
 
-def dense_labelled_loss(feats: Tensor, labels: Tensor) -> Tensor:
+def dense_labelled_loss(feats: Tensor, labels: Tensor, eta: float = 0.5) -> Tensor:
     """Eq. 8 against labels, as one would write it."""
     V, y = unit(feats), labels.flatten(1)
     A = V.diff(dim=1)
     Y = (y[:, :, None] == y[:, None, :]).to(V.dtype)
-    return (V.mT @ V - Y).abs().mean() + (A.mT @ A - Y).abs().mean() + _sparsity(V)
+    return (V.mT @ V - Y).abs().mean() + (A.mT @ A - Y).abs().mean() + eta * _sparsity(V)
 
 
-def dense_squared_loss(feats: Tensor, view: Tensor) -> Tensor:
+def dense_squared_loss(feats: Tensor, view: Tensor, eta: float = 0.5) -> Tensor:
     """The squared residuals of both orders as matrices."""
     V, W = unit(feats), unit(view)
     A, B = V.diff(dim=1), W.diff(dim=1)
-    return (V.mT @ V - W.mT @ W).square().mean() + (A.mT @ A - B.mT @ B).square().mean() + _sparsity(V)
+    return (V.mT @ V - W.mT @ W).square().mean() + (A.mT @ A - B.mT @ B).square().mean() + eta * _sparsity(V)
 
 
 def keops_propagation(logits: Tensor, feats: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def keops_loss(feats: Tensor, view: Tensor) -> Tensor:
     """Eq. 8 against another view with symbolic matrices."""
     lazy = _lazy_tensor()
     V, W = unit(feats), unit(view)
-    total = _sparsity(V)
+    total = 0.5 * _sparsity(V)
     for a, g in ((V, W), (V.diff(dim=1), W.diff(dim=1))):
         R = _keops_product(lazy, a) - _keops_product(lazy, g)
         total = total + R.abs().sum(dim=2).sum() / (a.shape[0] * a.shape[2] ** 2)
@@ -105,7 +105,7 @@ def keops_loss(feats: Tensor, view: Tensor) -> Tensor:
 
 
 def _sparsity(V: Tensor) -> Tensor:
-    return 0.5 * V.diff(n=2, dim=1).abs().mean()
+    return V.diff(n=2, dim=1).abs().mean()
 
 
 def _keops_product(lazy: Any, V: Tensor) -> Any:

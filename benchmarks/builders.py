@@ -94,7 +94,7 @@ def full_resolution(p: Problem) -> Variants:
     }
 
 
-def loss_consistency(p: Problem) -> Variants:
+def loss_consistency(p: Problem, *, eta: float = 0.5, scale: float | None = None) -> Variants:
     """Eq. 8 against another view, forward and backward."""
     feats, view = p.features().requires_grad_(), p.features(5)
     pairs, e = p.n * p.M**2, p.element
@@ -102,25 +102,27 @@ def loss_consistency(p: Problem) -> Variants:
     autograd = Work(16 * pairs * p.D, 0, 6 * e * pairs)
 
     def ours(backend: str) -> Variant:
-        loss = DerivativeLoss(backend=backend)  # type: ignore[arg-type]
+        loss = DerivativeLoss(eta=eta, backend=backend)  # type: ignore[arg-type]
         work = Work(12 * pairs * p.D, 0, 4 * e * pairs) if backend == "dense" else once
-        return Variant(forward_backward(lambda: loss(feats, view), feats), "ours", work)
+        return Variant(forward_backward(lambda: loss(feats, view), feats, scale=scale), "ours", work)
 
     compiled_loss = compiled(beside.dense_loss)
     return backends(p, ours) | {
-        "dense autograd": Variant(forward_backward(lambda: beside.dense_loss(feats, view), feats), work=autograd),
+        "dense autograd": Variant(
+            forward_backward(lambda: beside.dense_loss(feats, view, eta), feats, scale=scale), work=autograd
+        ),
         "dense, compiled": Variant(
-            forward_backward(lambda: compiled_loss(feats, view), feats), work=autograd, compiles=True
+            forward_backward(lambda: compiled_loss(feats, view, eta), feats, scale=scale), work=autograd, compiles=True
         ),
         "KeOps": Variant(
-            forward_backward(lambda: beside.keops_loss(feats, view), feats),
+            forward_backward(lambda: beside.keops_loss(feats, view), feats, scale=scale),
             work=Work(autograd.operations),
             compiles=True,
         ),
     }
 
 
-def loss_labelled(p: Problem, *, signed: bool = False) -> Variants:
+def loss_labelled(p: Problem, *, signed: bool = False, eta: float = 0.5, scale: float | None = None) -> Variants:
     """Eq. 8 against labels, forward and backward."""
     feats, labels = p.features(signed=signed).requires_grad_(), p.labels()
     pairs, e = p.n * p.M**2, p.element
@@ -129,18 +131,22 @@ def loss_labelled(p: Problem, *, signed: bool = False) -> Variants:
     autograd = Work(12 * pairs * p.D, 0, 6 * e * pairs)
 
     def ours(backend: str) -> Variant:
-        loss = DerivativeLoss(backend=backend)  # type: ignore[arg-type]
+        loss = DerivativeLoss(eta=eta, backend=backend)  # type: ignore[arg-type]
         return Variant(
-            forward_backward(lambda: loss(feats, labels), feats), "ours", autograd if backend == "dense" else once
+            forward_backward(lambda: loss(feats, labels), feats, scale=scale),
+            "ours",
+            autograd if backend == "dense" else once,
         )
 
     compiled_loss = compiled(beside.dense_labelled_loss)
     return backends(p, ours) | {
         "dense autograd": Variant(
-            forward_backward(lambda: beside.dense_labelled_loss(feats, labels), feats), work=autograd
+            forward_backward(lambda: beside.dense_labelled_loss(feats, labels, eta), feats, scale=scale), work=autograd
         ),
         "dense, compiled": Variant(
-            forward_backward(lambda: compiled_loss(feats, labels), feats), work=autograd, compiles=True
+            forward_backward(lambda: compiled_loss(feats, labels, eta), feats, scale=scale),
+            work=autograd,
+            compiles=True,
         ),
     }
 
@@ -159,10 +165,10 @@ def loss_sampled(p: Problem, *, anchors: int = 1024) -> Variants:
     }
 
 
-def loss_frobenius(p: Problem) -> Variants:
+def loss_frobenius(p: Problem, *, eta: float = 0.5, scale: float | None = None) -> Variants:
     """The squared loss, forward and backward, beside one D x M by M x D product an order."""
     feats, view = p.features().requires_grad_(), p.features(5)
-    ours = DerivativeLoss(norm="frobenius")
+    ours = DerivativeLoss(eta=eta, norm="frobenius")
     V, W, e = feats.detach().flatten(2), view.flatten(2), p.element
     product = 2 * p.n * p.M * p.D**2
     # An order: three products in forward and two in backward; each pass reads both features, backward writes one.
@@ -173,8 +179,10 @@ def loss_frobenius(p: Problem) -> Variants:
 
     dense = Work(16 * p.n * p.M**2 * p.D, 0, 8 * e * p.n * p.M**2)
     return {
-        "dlprop": Variant(forward_backward(lambda: ours(feats, view), feats), "ours", work),
-        "dense autograd": Variant(forward_backward(lambda: beside.dense_squared_loss(feats, view), feats), work=dense),
+        "dlprop": Variant(forward_backward(lambda: ours(feats, view), feats, scale=scale), "ours", work),
+        "dense autograd": Variant(
+            forward_backward(lambda: beside.dense_squared_loss(feats, view, eta), feats, scale=scale), work=dense
+        ),
         "one product per order": Variant(forward(products), "bound", Work(2 * product)),
     }
 
@@ -241,12 +249,12 @@ def released(p: Problem) -> Variants:
     }
 
 
-def precision(p: Problem) -> Variants:
+def precision(p: Problem, *, eta: float = 0.5, scale: float | None = None) -> Variants:
     """The loss against another view in float32, and with products in reduced precision."""
     feats, view = p.features().requires_grad_(), p.features(5)
-    loss = DerivativeLoss()
+    loss = DerivativeLoss(eta=eta)
     work = Work(8 * p.n * p.M**2 * p.D, p.element * p.n * p.M * p.D * 8, 4 * p.element * p.n * p.M * p.D)
-    step = forward_backward(lambda: loss(feats, view), feats)
+    step = forward_backward(lambda: loss(feats, view), feats, scale=scale)
 
     def medium() -> tuple[Tensor, ...]:
         before = torch.get_float32_matmul_precision()

@@ -90,7 +90,7 @@ def growth(results: Results, kind: str) -> Figure | None:
     for m, value, pixels, status, colour in stops:
         ax.plot([m, pixels], [value, top * 3], ":", color=colour, linewidth=1.5)
         ax.plot(pixels, top * 3, STOPPED[status], color=colour, markersize=12)
-    _label(ax, ends, [(x, y) for line in ax.lines for x, y in zip(*line.get_data(), strict=True)], (1,))
+    _label(ax, ends, (1,))
     handles = [
         plt.Line2D([], [], color="black", linestyle="", marker=marker, markersize=10, label=status)
         for status, marker in STOPPED.items()
@@ -105,15 +105,18 @@ def _value(variant: Results, kind: str) -> float | None:
     return variant["seconds"]["median"] if kind == "time" else variant.get("peak_mib")
 
 
-def _label(
-    ax: Axes, labels: list[tuple[float, float, str, str]], points: list[tuple[float, float]], sides: tuple[int, ...]
-) -> None:
-    """Write names beside their points, on the side and at the height where they cover no point and no other name."""
+def _label(ax: Axes, labels: list[tuple[float, float, str, str]], sides: tuple[int, ...]) -> None:
+    """Write names beside their points, on the side and at the height where they cover no line and no other name."""
     ax.figure.canvas.draw()
     unit = ax.figure.dpi / 72
-    taken = [
-        Bbox.from_bounds(x - 5 * unit, y - 5 * unit, 10 * unit, 10 * unit) for x, y in ax.transData.transform(points)
-    ]
+    taken = []
+    for line in ax.lines:
+        corners = ax.transData.transform(np.column_stack(line.get_data()))
+        steps = np.linspace(0, len(corners) - 1, 1 if len(corners) < 2 else 40 * len(corners))
+        if line.get_linestyle() == "None":
+            steps = np.arange(len(corners))
+        for x, y in zip(*(np.interp(steps, np.arange(len(corners)), c) for c in corners.T), strict=True):
+            taken.append(Bbox.from_bounds(x - 4 * unit, y - 4 * unit, 8 * unit, 8 * unit))
     for x, y, name, colour in sorted(labels, key=lambda label: label[1]):
         for dy, side in itertools.product((0, 9, -9, 17, -17, 26, -26, 34, -34, 51, -51), sides):
             text = ax.annotate(
@@ -199,7 +202,7 @@ def roofline(results: Results) -> Figure | None:
     ax.set_ylim(min(p[1] for p in points) / 3, peak * 3)
     ax.set_xlim(x[0], x[-1] * 4)
     ax.text(x[-1], peak * 1.12, f"matrix product {peak:,.0f} GFLOP/s", ha="right", fontsize=13)
-    ax.text(peak / copy / 2.5, peak / 3.5, f"copy {copy:,.0f} GB/s", fontsize=13, va="top")
     ax.set(xlabel="operations a byte (by count)", title="GFLOP/s of dlprop under the machine's limits")
-    _label(ax, [(*p, OURS) for p in points], [p[:2] for p in points], (1, -1))
+    on_the_roof = (peak / copy / 20, peak / 20, f"copy {copy:,.0f} GB/s", "black")
+    _label(ax, [*((*p, OURS) for p in points), on_the_roof], (1, -1))
     return figure

@@ -103,13 +103,13 @@ def forward(function: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def forward_backward(
-    function: Callable[[], Tensor], *inputs: Tensor, grad: Tensor | None = None
+    function: Callable[[], Tensor], *inputs: Tensor, grad: Tensor | None = None, scale: float | None = None
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """A step of a training loop: the value and its gradient in ``inputs``."""
+    """A step of a training loop: the value and its gradient in ``inputs``, times ``scale`` as in loss scaling."""
 
     def step() -> tuple[Tensor, ...]:
         out = function()
-        return (out.detach(), *torch.autograd.grad(out, inputs, grad))
+        return (out.detach(), *torch.autograd.grad(out if scale is None else out * scale, inputs, grad))
 
     return step
 
