@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    described = {name: case.title for name, case in (CASES | GROWTH).items()}
+    described = {name: case.title for name, case in CASES.items()}
+    described |= {name: f"growth with the pixels: {one.title}" for name, one in GROWTH.items()}
     described |= {"ragged": "the loss at neighbouring numbers of pixels", "accuracy": "errors against float64"}
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",

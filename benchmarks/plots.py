@@ -112,9 +112,8 @@ def _label(ax: Axes, labels: list[tuple[float, float, str, str]], sides: tuple[i
     taken = []
     for line in ax.lines:
         corners = ax.transData.transform(np.column_stack(line.get_data()))
-        steps = np.linspace(0, len(corners) - 1, 1 if len(corners) < 2 else 40 * len(corners))
-        if line.get_linestyle() == "None":
-            steps = np.arange(len(corners))
+        is_line = line.get_linestyle() != "None" and len(corners) < 50
+        steps = np.linspace(0, len(corners) - 1, (15 if is_line else 1) * (len(corners) - 1) + 1)
         for x, y in zip(*(np.interp(steps, np.arange(len(corners)), c) for c in corners.T), strict=True):
             taken.append(Bbox.from_bounds(x - 4 * unit, y - 4 * unit, 8 * unit, 8 * unit))
     for x, y, name, colour in sorted(labels, key=lambda label: label[1]):

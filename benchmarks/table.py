@@ -26,10 +26,7 @@ BOUNDS = {
     "memory slope": "memory grows with power at most {:.3g}",
 }
 VALUES = {
-    "speedup": "{:.3g}",
-    "cost": "{:.3g}",
     "share": "{:.0%}",
-    "copy": "{:.3g}",
     "peak": "{:.0f} MiB",
     "seconds": "{:.3g} s",
     "time slope": "{:.2f}",
@@ -71,7 +68,9 @@ def figure(target: Results, entry: Results) -> str:
     if value is None:
         return "not measured"
     is_inverse = target["measure"] == "cost" and target["bound"] < 1
-    text = VALUES[target["measure"]].format(1 / value if is_inverse else value)
+    value = 1 / value if is_inverse else value
+    is_ratio = target["measure"] in ("speedup", "cost", "copy")
+    text = _ratio(value) if is_ratio else VALUES[target["measure"]].format(value)
     error = entry.get("extra", {}).get("relative_standard_error")
     if error is not None:
         text += f" (relative standard error {error:.2%})"
@@ -142,7 +141,7 @@ def competitors(results: Results) -> str:
             continue
         title = entry["title"]
         for name, variant in entry["variants"].items():
-            times = "" if "ratio" not in variant else f"{variant['ratio']['median']:.3g}"
+            times = "" if "ratio" not in variant else _ratio(variant["ratio"]["median"])
             rows.append((title, _kind(name, variant), _time(variant), times, _mib(variant)))
             title = ""
     return _table(("case", "variant", "time", "times ours", "memory added"), rows)
@@ -222,6 +221,10 @@ def _time(variant: Results | None) -> str:
         return variant["status"]
     seconds = variant["seconds"]["median"]
     return f"{seconds:.2f}{NBSP}s" if seconds >= 1 else f"{seconds * 1e3:.3g}{NBSP}ms"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _mib(variant: Results) -> str:

@@ -40,7 +40,7 @@ def tiny_case(**options):
 @pytest.fixture
 def quickest(monkeypatch):
     monkeypatch.setattr(measure, "EFFORTS", {"quick": QUICKEST, "full": QUICKEST})
-    monkeypatch.setattr(measure, "TURN", 0.0)
+    monkeypatch.setattr(measure, "TURN", 1e-9)
 
 
 @pytest.fixture
@@ -221,6 +221,20 @@ def test_slopes_leave_out_what_did_not_run():
 def test_cliff_is_the_worst_neighbour():
     points = [{"pixels": m, "seconds": {"median": m**2 * (3.0 if m == 12 else 1.0)}} for m in range(10, 15)]
     assert growth.cliff(points) == {"cliff": pytest.approx(3), "cliff_pixels": 12}
+
+
+def test_growth_and_ragged_sizes_at_tiny_sizes(monkeypatch, quickest):
+    one = replace(GROWTH["growth_loss"], problem=tiny(Problem(1, 1)), edges=(4, 6, 9), quick_edges=(4, 6))
+    monkeypatch.setitem(GROWTH, "growth_loss", one)
+    monkeypatch.setattr(growth, "RAGGED_PIXELS", {"small": (11, 12, 13)})
+    full = replace(SETTINGS, mode="full")
+    found = growth.run("growth_loss", replace(SETTINGS, mode="quick"))
+    assert [set(point["variants"]) for point in found["points"]] == [{"dlprop"}] * len(one.quick_edges)
+    assert found["slopes"]["dlprop"]["time"] is not None
+    assert [target["value"] for target in found["targets"]] == [None]  # memory was not measured
+    ragged = growth.run_ragged(full)
+    assert [point["pixels"] for point in ragged["series"][0]["points"]] == [11, 12, 13]
+    assert ragged["series"][0]["cliff"] >= 1
 
 
 @pytest.mark.parametrize(
