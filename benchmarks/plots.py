@@ -78,18 +78,20 @@ def growth(results: Results, kind: str) -> Figure | None:
             name = subject if is_ours else f"{subject}, {'KeOps' if variant == 'KeOps' else 'dense'}"
             if at:
                 ax.loglog(*zip(*at, strict=True), "-" if is_ours else "--", marker=MARKERS[subject], color=colour)
-                ends.append((*at[-1], name, colour))
             stop = next(((m, v["status"]) for m, v in points if v["status"] in STOPPED), None)
             if stop and at:
-                stops.append((*at[-1], *stop, colour))
+                stops.append((*at[-1], *stop, name, colour))
+            elif at:
+                ends.append((*at[-1], name, colour))
     ax.set(xlabel="pixels of one image", title=f"{'seconds' if kind == 'time' else 'MiB beyond the inputs'}, log-log")
     bottom, top = ax.get_ylim()
-    ax.set_ylim(bottom, top * 6)
+    ax.set_ylim(bottom, top * 10)
     left, right = ax.get_xlim()
     ax.set_xlim(left, right * (right / left) ** 0.35)
-    for m, value, pixels, status, colour in stops:
+    for m, value, pixels, status, name, colour in stops:
         ax.plot([m, pixels], [value, top * 3], ":", color=colour, linewidth=1.5)
         ax.plot(pixels, top * 3, STOPPED[status], color=colour, markersize=12)
+        ends.append((pixels, top * 3, name, colour))  # named at the mark, away from the crowd
     _label(ax, ends, (1,))
     handles = [
         plt.Line2D([], [], color="black", linestyle="", marker=marker, markersize=10, label=status)
@@ -97,7 +99,7 @@ def growth(results: Results, kind: str) -> Figure | None:
         if status in {stop[3] for stop in stops}
     ]
     if handles:
-        ax.legend(handles=handles, loc="upper left", frameon=False, fontsize=13, handletextpad=0.2, borderaxespad=0)
+        ax.legend(handles=handles, loc="lower right", frameon=False, fontsize=13, handletextpad=0.2, borderaxespad=0)
     return figure
 
 
@@ -111,6 +113,8 @@ def _label(ax: Axes, labels: list[tuple[float, float, str, str]], sides: tuple[i
     unit = ax.figure.dpi / 72
     taken = []
     for line in ax.lines:
+        if line.get_linestyle() == ":":
+            continue  # thin enough to be written over
         corners = ax.transData.transform(np.column_stack(line.get_data()))
         is_line = line.get_linestyle() != "None" and len(corners) < 50
         steps = np.linspace(0, len(corners) - 1, (15 if is_line else 1) * (len(corners) - 1) + 1)
