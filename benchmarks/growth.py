@@ -77,8 +77,8 @@ GROWTH: dict[str, Growth] = {
 # Pixels of one image around 41 x 41, 81 x 81 and a multiple of common tile sizes, in steps that divide none of them.
 RAGGED_PIXELS = {
     "41 x 41": tuple(range(41 * 41 - 40, 41 * 41 + 41, 5)),
-    "81 x 81": (*range(81 * 81 - 40, 81 * 81 + 41, 8), 81 * 81 - 1, 81 * 81 + 1),
-    "13 tiles of 512": (6640, 6648, 6655, 6656, 6657, 6664, 6672),
+    "81 x 81": (*range(81 * 81 - 40, 81 * 81 + 41, 16), 81 * 81 - 1, 81 * 81, 81 * 81 + 1),
+    "13 tiles of 512": (6640, 6655, 6656, 6657, 6672),
 }
 
 

@@ -69,7 +69,7 @@ def interleaved(
     expected = {}
     for name, run in runs.items():
         # A first run says little about a quick one: it loads what is loaded at first use.
-        expected[name] = taken[name] if taken[name] > 1 else min(seconds_of(run, device) for _ in range(2))
+        expected[name] = taken[name] if taken[name] > 0.3 else min(seconds_of(run, device) for _ in range(2))
     times = {name: math.ceil(TURN / max(s, TURN / 20)) if s < QUICK else 1 for name, s in expected.items()}
     a_round = sum(s * (times[name] + (s < QUICK)) for name, s in expected.items())
     rounds = min(effort.most, max(effort.least, int(effort.seconds / a_round)))
