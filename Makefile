@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Processes that share the tests, a file to each at a time; every one of them takes a gigabyte or two.
 WORKERS ?= 2
 
-.PHONY: help demo test test-quick lint bench docs wheel-test release-check clean
+.PHONY: help demo test test-quick lint bench bench-full docs wheel-test release-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,7 +13,8 @@ help:
 	@echo "make test        lint, types and all tests, doctests and the built wheel (under 15 minutes)"
 	@echo "make test-quick  the tests that are not marked slow (under 5 minutes)"
 	@echo "make lint        ruff and mypy"
-	@echo "make bench       speed, memory and accuracy of the library on this machine"
+	@echo "make bench       speed, memory and accuracy of the library on this machine (under 4 minutes)"
+	@echo "make bench-full  the same with every competitor and size; writes benchmarks/results, tables and plots"
 	@echo "make docs        build the documentation"
 	@echo "make wheel-test  install the wheel into an empty environment and run the README there (minutes, downloads torch)"
 	@echo "make release-check  build what a release uploads into dist/ and check it"
@@ -48,6 +49,9 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-bench
 	$(BIN)/python -m benchmarks
+
+bench-full: .venv/installed-bench
+	$(BIN)/python -m benchmarks --full --save
 
 docs: .venv/installed-docs
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html

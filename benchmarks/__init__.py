@@ -1,1 +1,1 @@
-"""Speed, memory and accuracy of dlprop beside what a user would write instead: `python -m benchmarks`."""
+"""Speed, memory and accuracy of dlprop beside what a user would write or install instead: `python -m benchmarks`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ from examples.derprop_voc.config import Config, add_config_arguments, config_fro
 from examples.derprop_voc.losses import Objective
 from examples.derprop_voc.model import Output, SegmentationNetwork
 
-from . import measure
+from . import machine
 
 
 def measure_step(config: Config, *, num_classes: int, repeats: int) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def measure_step(config: Config, *, num_classes: int, repeats: int) -> dict[str,
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**30
     else:
-        peak = measure.machine()["max_rss_mib"] / 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "device": str(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu",
         "seconds": seconds,
@@ -100,7 +101,7 @@ def measure_step(config: Config, *, num_classes: int, repeats: int) -> dict[str,
         "peak_gib": peak,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "config": config.to_dict(),
-        "machine": measure.machine(),
+        "machine": machine.facts(device.type),
     }
 
 

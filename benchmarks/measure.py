@@ -1,93 +1,172 @@
-"""Timing side by side, peak memory in a fresh process, and the facts of the machine that a figure belongs to."""
+"""Timing side by side, and peak memory in a fresh process."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import resource
+import ctypes
+import math
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-import dlprop
+from .machine import synchronize
+
+Run = Callable[[], Any]
 
 # Linux resets the peak of a process when 5 is written here.
 RESET_PEAK = Path("/proc/self/clear_refs")
 
+# What is quicker runs several times a turn, and once before without being timed: the variant before it may have emptied
+# the caches, which a few milliseconds would pay for and seconds would not.
+QUICK = 0.1
+TURN = 0.05
 
-def interleaved_seconds(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Wall-clock seconds of every variant, run in turn so that a slow spell of the machine meets all of them alike."""
-    for run in variants.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repeats):
-        for name, run in variants.items():
-            start = time.perf_counter()
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: seconds for all rounds of a case, and the rounds at least and at most."""
+
+    seconds: float
+    least: int
+    most: int
+    longest: float  # seconds that one run may be expected to take; longer ones are "too slow"
+
+
+EFFORTS = {"quick": Effort(3.0, 2, 9, 30.0), "full": Effort(20.0, 3, 21, 40.0)}
+
+
+def seconds_of(run: Run, device: str, times: int = 1) -> float:
+    """Mean wall-clock seconds of ``times`` runs, by the device's own events on a GPU."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
             run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / times
+    begin = time.perf_counter()
+    for _ in range(times):
+        run()
+    return (time.perf_counter() - begin) / times
+
+
+def interleaved(
+    runs: Mapping[str, Run], taken: Mapping[str, float], device: str, effort: Effort
+) -> dict[str, list[float]]:
+    """Seconds of every variant, round by round in turn, so that a slow spell of the machine meets all of them alike.
+
+    The variants have run once and have ``taken`` so many seconds. A round gives each one sample, the mean of as many
+    runs as fill `TURN` seconds.
+    """
+    expected = {}
+    for name, run in runs.items():
+        # A first run says little about a quick one: it loads what is loaded at first use.
+        expected[name] = taken[name] if taken[name] > 0.3 else min(seconds_of(run, device) for _ in range(2))
+    times = {name: math.ceil(TURN / max(s, TURN / 20)) if s < QUICK else 1 for name, s in expected.items()}
+    a_round = sum(s * (times[name] + (s < QUICK)) for name, s in expected.items())
+    rounds = min(effort.most, max(effort.least, int(effort.seconds / a_round)))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    if a_round > effort.seconds:  # too long to throw a run away: the first ones were in turn, too
+        samples = {name: [s] for name, s in expected.items()}
+        rounds -= 1
+    for _ in range(rounds):
+        for name, run in runs.items():
+            if expected[name] < QUICK:
+                run()
+            synchronize(device)
+            samples[name].append(seconds_of(run, device, times[name]))
+    return samples
 
 
 def summary(samples: list[float]) -> dict[str, float]:
     """Median and interquartile range."""
-    quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
-    return {"median": statistics.median(samples), "iqr": quartiles[2] - quartiles[0], "runs": len(samples)}
+    quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [0.0] * 3
+    return {"median": statistics.median(samples), "iqr": quartiles[2] - quartiles[0], "rounds": len(samples)}
 
 
-def peak_mib_of(run: Callable[[], Any]) -> float:
-    """MiB by which ``run`` raises the peak memory of this process above what is resident before it."""
-    RESET_PEAK.write_text("5")
-    before = _status_kib("VmRSS")
-    run()
-    return (_status_kib("VmHWM") - before) / 1024
+def ratio(samples: list[float], over: list[float]) -> dict[str, float]:
+    """The ratio of two variants within a round: what slows both for a moment cancels."""
+    return summary([a / b for a, b in zip(samples, over, strict=True)])
 
 
-def peak_mib_in_fresh_process(case: str, variant: str) -> float | None:
-    """`peak_mib_of` one variant of a case in a new Python process; None where the system does not tell."""
-    if not RESET_PEAK.exists():
+def slope(pixels: list[int], values: list[float]) -> float | None:
+    """The slope of the line through log value against log pixels; None for fewer than two points."""
+    if len(pixels) < 2:
         return None
-    command = [sys.executable, "-m", "benchmarks", "--peak-of", case, variant]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    x, y = ([math.log(v) for v in series] for series in (pixels, values))
+    return statistics.linear_regression(x, y).slope
 
 
-def matrix_rate(size: int = 2048, repeats: int = 5) -> float:
-    """Float32 matrix-product rate in operations per second, the best of several runs."""
-    a, b = torch.rand(size, size), torch.rand(size, size)
-    return 2 * size**3 / min(interleaved_seconds({"product": lambda: a @ b}, repeats)["product"])
+# ---------------------------------------------------------------------------------------------------------------------
+# Peak memory.
 
 
-def machine() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "dlprop": dlprop.__version__,
-        "commit": commit.stdout.strip() or None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "max_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "system": platform.system(),
-    }
+def peak_mib(run: Callable[[], tuple[Tensor, ...]], device: str) -> dict[str, float]:
+    """MiB by which ``run`` raises the peak above what is resident before it, and MiB of its results among them."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = run()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        RESET_PEAK.write_text("5")
+        before = _status_kib("VmRSS")
+        results = run()
+        peak = 1024 * (_status_kib("VmHWM") - before)
+    kept = sum(x.numel() * x.element_size() for x in results)
+    return {"peak_mib": peak / 2**20, "result_mib": kept / 2**20}
 
 
-def _processor() -> str:
+def can_measure_memory(device: str) -> bool:
+    return device == "cuda" or RESET_PEAK.exists()
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
+    """``function(*arguments)`` in a process of its own, or RuntimeError with what became of it.
+
+    The process is forked from a server that has imported torch and this package and run nothing: fresh, without paying
+    for the imports again.
+    """
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload(["benchmarks.suite"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, arguments))
+    process.start()
+    sender.close()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        if not receiver.poll(timeout):
+            raise RuntimeError(f"took longer than {timeout:.0f} s")
+        result, problem = receiver.recv()
+    except EOFError:
+        process.join(10)
+        raise RuntimeError(f"the process ended with {process.exitcode}, as one does that runs out of memory") from None
+    finally:
+        if process.is_alive():
+            process.join(1)
+            process.kill()
+    if problem:
+        raise RuntimeError(problem)
+    return result
 
 
-def _status_kib(field: str) -> int:
+def _send(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        sender.send((function(*arguments), None))
+    except Exception as error:
+        sender.send((None, f"{type(error).__name__}: {error}"))
+
+
+def _status_kib(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

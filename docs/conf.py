@@ -1,6 +1,5 @@
 """Sphinx configuration."""
 
-import json
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -11,7 +10,7 @@ from latex2mathml.converter import convert
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the gallery draws the scenes of the example, the benchmark page reads its table
 
-from benchmarks.table import markdown  # noqa: E402 - found by the line above
+from benchmarks import results, table  # noqa: E402 - found by the line above
 
 project = "dlprop"
 author = copyright = "The dlprop authors"  # noqa: A001 - Sphinx reads this name
@@ -28,8 +27,15 @@ extensions = [
 exclude_patterns = ["_build", "gallery"]
 myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
 myst_heading_anchors = 3
+measured = results.load("cpu")
 myst_substitutions = {
-    "benchmark_table": markdown(json.loads((ROOT / "benchmarks" / "results" / f"{release}.json").read_text()))
+    "benchmark_targets": table.targets(measured),
+    "benchmark_machine": table.machine(measured),
+    "benchmark_competitors": table.competitors(measured),
+    "benchmark_growth": table.growth(measured),
+    "benchmark_ragged": table.ragged(measured),
+    "benchmark_accuracy": table.accuracy(measured),
+    "benchmark_cuda": table.cuda(results.load("cuda")),
 }
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -1,6 +1,5 @@
 """What a user installs and reads: the wheel, the README's snippet and table, the version."""
 
-import json
 import os
 import re
 import subprocess
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import dlprop
-from benchmarks.table import BEGIN, END, markdown
+from benchmarks import results
+from benchmarks.table import BEGIN, END, readme
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,9 +27,8 @@ def test_there_is_one_version():
 
 
 def test_the_readme_table_is_that_of_the_results():
-    results = json.loads((ROOT / "benchmarks" / "results" / f"{dlprop.__version__}.json").read_text())
     table = README.split(BEGIN)[1].split(END)[0].strip()
-    assert table == markdown(results), "refresh it with `python -m benchmarks --table`"
+    assert table == readme(results.load("cpu"), results.load("cuda")), "refresh it with `python -m benchmarks --table`"
 
 
 def test_links_and_pictures_of_the_readme_exist():
