@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from dlprop import DerivativeLabelPropagation, DerivativeLoss
+from dlprop import DerivativeLabelPropagation, DerivativeLoss, _products
 from dlprop._products import gram, low_rank, pixel_norm, sum_abs_difference
 from dlprop.difference import difference, metric
 from tests.tolerances import assert_close
@@ -64,6 +64,12 @@ def test_every_derivative(name):
     inputs = tuple(_inputs()[i].requires_grad_() for i in chosen)
     assert gradcheck(ours, inputs, check_forward_ad=True)
     assert gradgradcheck(ours, inputs)
+
+
+def test_the_gradient_of_many_pixels_is_written_in_blocks(monkeypatch):
+    monkeypatch.setattr(_products, "OUTER_ROWS", 2)
+    monkeypatch.setattr(_products, "OUTER_PIXELS", 3)
+    test_value_and_gradient("low_rank", 7)
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])

@@ -20,6 +20,9 @@ __all__: list[str] = []
 
 # Numbers that one step of a norm takes at a time: its temporary stays in cache.
 NORM_STEP = 1 << 18
+# Rows and pixels of a product over few channels that are written at a time. Measured at 2 million pixels: 0.8 times the
+# time of one product; 32 to 128 rows are alike, and so are 32 to 512 thousand pixels.
+OUTER_ROWS, OUTER_PIXELS = 64, 1 << 17
 # Pixels that an elementwise pass over differences takes at a time, likewise.
 PIXELS = 2048
 
@@ -94,7 +97,7 @@ class _LowRank(Function):
         if ctx.needs_input_grad[1]:
             if torch.is_grad_enabled():  # to be differentiated again
                 carrier = metric(L @ V.mT, ctx.weights, 2, ctx.scheme)
-            grad_V = torch.cat((carrier, carried), dim=1).mT @ torch.cat((grad, L), dim=1)
+            grad_V = _sum_of_outer((carrier, carried), (grad, L))
         return grad_L, grad_V, None, None
 
     @staticmethod
@@ -106,6 +109,25 @@ class _LowRank(Function):
         if tangent_V is not None:
             out = out + metric(L @ tangent_V.mT, ctx.weights, 2, ctx.scheme) @ V + carrier @ tangent_V
         return out, None
+
+
+def _sum_of_outer(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """`a_1^T b_1 + a_2^T b_2` of (N, C, D) and (N, C, M) as one product of stacked factors."""
+    stacked = torch.cat(a, dim=1)
+    if torch.is_grad_enabled() or stacked.device.type != "cpu":
+        product: Tensor = stacked.mT @ torch.cat(b, dim=1)
+        return product
+    N, _, D = stacked.shape
+    M = b[0].shape[2]
+    out = stacked.new_empty(N, D, M)
+    for n in range(N):
+        for j in range(0, M, OUTER_PIXELS):
+            block = torch.cat([x[n, :, j : j + OUTER_PIXELS] for x in b])
+            for i in range(0, D, OUTER_ROWS):
+                torch.mm(
+                    stacked[n, :, i : i + OUTER_ROWS].T, block, out=out[n, i : i + OUTER_ROWS, j : j + OUTER_PIXELS]
+                )
+    return out
 
 
 def pixel_norm(x: Tensor, p: int) -> Tensor:
