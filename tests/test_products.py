@@ -5,7 +5,7 @@ import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from dlprop import DerivativeLabelPropagation, DerivativeLoss, _products
-from dlprop._products import gram, low_rank, pixel_norm, sum_abs_difference
+from dlprop._products import gram, grams_of_difference, low_rank, pixel_norm, sum_abs_difference
 from dlprop.difference import difference, metric
 from tests.tolerances import assert_close
 
@@ -21,9 +21,23 @@ def _inputs(M=7):
     return _normal(2, 3, M, seed=1), _normal(2, 5, M), _normal(2, 5, M + 2, seed=2)
 
 
+def _target(V):
+    return _normal(*V.shape, seed=7)
+
+
+def _pairs_of_difference(V):
+    W = _target(V)
+    return (V - W, V - W), (V - W, W), (W, W)
+
+
 WEIGHTS = (1.0, 0.5, 0.25)
 CASES = {
     "gram": (gram, lambda x: x @ x.mT, (1,)),
+    "grams_of_difference": (
+        lambda V: torch.cat(grams_of_difference(V, _target(V)), 1),
+        lambda V: torch.cat([a @ b.mT for a, b in _pairs_of_difference(V)], 1),
+        (1,),
+    ),
     "low_rank": (
         lambda L, V: low_rank(L, V, None, WEIGHTS, "forward"),
         lambda L, V: metric(L @ V.mT, WEIGHTS, 2, "forward") @ V,

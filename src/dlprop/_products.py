@@ -23,7 +23,7 @@ NORM_STEP = 1 << 18
 # Rows and pixels of a product over few channels that are written at a time. Measured at 2 million pixels: 0.8 times the
 # time of one product; 32 to 128 rows are alike, and so are 32 to 512 thousand pixels.
 OUTER_ROWS, OUTER_PIXELS = 64, 1 << 17
-# Pixels that an elementwise pass over differences takes at a time, likewise.
+# Pixels that a pass over features takes at a time, likewise.
 PIXELS = 2048
 
 
@@ -50,14 +50,71 @@ class _Gram(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        out: Tensor = (grad + grad.mT) @ x
-        return out
+        return _product_in_blocks(grad + grad.mT, x)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         half: Tensor = tangent @ x.mT
         return half + half.mT
+
+
+def grams_of_difference(V: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`E E^T`, `E W^T` and `W W^T` with `E = V - W` of (N, D, M), differentiable in V; W is a constant."""
+    if torch.compiler.is_compiling():
+        E = V - W
+        return E @ E.mT, E @ W.mT, W @ W.mT
+    products: tuple[Tensor, Tensor, Tensor] = _GramsOfDifference.apply(V, W.detach())
+    return products
+
+
+class _GramsOfDifference(Function):
+    """E exists a block of pixels at a time, in forward and in backward, where its products with both are one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(V: Tensor, W: Tensor) -> tuple[Tensor, ...]:
+        N, D, _ = V.shape
+        products = tuple(V.new_zeros(N, D, D) for _ in range(3))
+        for v, w in zip(V.split(PIXELS, dim=2), W.split(PIXELS, dim=2), strict=True):
+            e = v - w
+            for product, (a, b) in zip(products, ((e, e), (e, w), (w, w)), strict=True):
+                product += a @ b.mT
+        return products
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_EE: Tensor, grad_EW: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        V, W = ctx.saved_tensors
+        return _product_in_blocks(torch.cat((grad_EE + grad_EE.mT, grad_EW), dim=2), V, W), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        V, W = ctx.saved_tensors
+        half: Tensor = tangent @ (V - W).mT
+        return half + half.mT, tangent @ W.mT, None
+
+
+def _product_in_blocks(matrix: Tensor, V: Tensor, W: Tensor | None = None) -> Tensor:
+    """``matrix`` times V (N, D, M), or times `V - W` on top of W, where the difference may be small: it comes first."""
+
+    def factor(v: Tensor, w: Tensor | None) -> Tensor:
+        return v if w is None else torch.cat((v - w, w), dim=1)
+
+    if torch.is_grad_enabled():
+        product: Tensor = matrix @ factor(V, W)
+        return product
+    out = torch.empty_like(V, memory_format=torch.contiguous_format)
+    others = [None] * -(-V.shape[2] // PIXELS) if W is None else W.split(PIXELS, dim=2)
+    for block, v, w in zip(out.split(PIXELS, dim=2), V.split(PIXELS, dim=2), others, strict=True):
+        block.copy_(matrix @ factor(v, w))
+    return out
 
 
 def low_rank(L: Tensor, V: Tensor, targets: Tensor | None, weights: tuple[float, ...], scheme: Scheme) -> Tensor:

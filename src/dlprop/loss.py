@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import _checks
 from ._kernels import dense
 from ._ops import BACKENDS, Backend, check_backend, derivative_l1
-from ._products import gram, sum_abs_difference
+from ._products import gram, grams_of_difference, sum_abs_difference
 from .difference import SCHEMES, STEP, Scheme, difference
 from .features import NORMALIZATIONS, Normalize, flatten, full_precision, normalize_features, sample_nearest
 
@@ -243,8 +243,7 @@ def _feature_squares(V: Tensor, G: Tensor, max_order: int, scheme: Scheme) -> li
     `V^T V - G^T G = E^T E + E^T G + G^T E`. For features that are close, as those of two views are, each term below is
     of the size of the result, where `||V V^T||^2 - 2 ||V G^T||^2 + ||G G^T||^2` would cancel.
     """
-    E = V - G
-    products = (gram(E), E @ G.mT, G @ G.mT)
+    products = grams_of_difference(V, G)
     terms = []
     for q in range(max_order + 1):
         EE, EG, GG = (difference(difference(x, q, 1, scheme), q, 2, scheme) for x in products)
