@@ -173,6 +173,7 @@ CASES: dict[str, Case] = {
         ),
         ("cpu", "cuda"),
         without=(*SLOW, "dlprop dense"),
+        quick_without=(AUTOGRAD,),
         tolerance=KINKS,
     ),
     "loss_321": Case(

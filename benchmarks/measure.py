@@ -23,6 +23,8 @@ Run = Callable[[], Any]
 # Linux resets the peak of a process when 5 is written here.
 RESET_PEAK = Path("/proc/self/clear_refs")
 
+M_MMAP_THRESHOLD = -3  # the name of the setting in glibc's malloc.h
+
 # What is quicker runs several times a turn, and once before without being timed: the variant before it may have emptied
 # the caches, which a few milliseconds would pay for and seconds would not.
 QUICK = 0.1
@@ -118,7 +120,11 @@ def peak_mib(run: Callable[[], tuple[Tensor, ...]], device: str) -> dict[str, fl
         results = run()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        # Large blocks go back when they are freed. By default glibc keeps some, differently in every process, and the
+        # figure would be that of its guesses instead of the memory in use.
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
         RESET_PEAK.write_text("5")
         before = _status_kib("VmRSS")
         results = run()
