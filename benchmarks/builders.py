@@ -171,8 +171,8 @@ def loss_frobenius(p: Problem, *, eta: float = 0.5, scale: float | None = None) 
     ours = DerivativeLoss(eta=eta, norm="frobenius")
     V, W, e = feats.detach().flatten(2), view.flatten(2), p.element
     product = 2 * p.n * p.M * p.D**2
-    # An order: three products in forward and two in backward; each pass reads both features, backward writes one.
-    work = Work(10 * product, e * p.n * p.M * p.D * 10, 8 * e * p.n * p.M * p.D)
+    # For both orders: three products in forward, two in backward; each pass reads both features, backward writes one.
+    work = Work(5 * product, e * p.n * p.M * p.D * 10, 8 * e * p.n * p.M * p.D)
 
     def products() -> Tensor:
         return torch.stack([V @ W.mT for _ in range(2)])

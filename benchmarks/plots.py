@@ -79,7 +79,7 @@ def growth(results: Results, kind: str) -> Figure | None:
             if at:
                 ax.loglog(*zip(*at, strict=True), "-" if is_ours else "--", marker=MARKERS[subject], color=colour)
             stop = next(((m, v["status"]) for m, v in points if v["status"] in STOPPED), None)
-            if stop and at:
+            if stop and at and not (kind == "memory" and stop[1] == "too slow"):  # slow, not large
                 stops.append((*at[-1], *stop, name, colour))
             elif at:
                 ends.append((*at[-1], name, colour))
@@ -207,5 +207,10 @@ def roofline(results: Results) -> Figure | None:
     ax.text(x[-1], peak * 1.12, f"matrix product {peak:,.0f} GFLOP/s", ha="right", fontsize=13)
     ax.set(xlabel="operations a byte (by count)", title="GFLOP/s of dlprop under the machine's limits")
     on_the_roof = (peak / copy / 20, peak / 20, f"copy {copy:,.0f} GB/s", "black")
-    _label(ax, [*((*p, OURS) for p in points), on_the_roof], (1, -1))
+    # Points lie close together, so they are numbered, and named where there is room.
+    points.sort(key=lambda p: p[0])
+    _label(ax, [*((x, y, str(i), OURS) for i, (x, y, _) in enumerate(points, 1)), on_the_roof], (1, -1))
+    names = "\n".join(f"{i}  {name}" for i, (_, _, name) in enumerate(points, 1))
+    style = {"fontsize": 13, "color": OURS, "ha": "right", "va": "bottom", "multialignment": "left"}
+    ax.text(0.99, 0.02, names, transform=ax.transAxes, **style).set_in_layout(False)
     return figure
