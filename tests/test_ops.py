@@ -171,6 +171,23 @@ def test_default_softmax_chunks_meet_at_their_edges():
     assert_close(OPS.softmax_affinity(*inputs, None, "auto")[0], _expected_affinity(*inputs), "propagation")
 
 
+def test_softmax_over_many_tiles_of_targets(monkeypatch):
+    # The tiles of targets have no option of their own: shrink the default to a few pixels.
+    monkeypatch.setattr(tiled, "CPU_TILE_BYTES", 128)
+    assert len(tiled._blocks(37, None, torch.empty(0, dtype=F64))) > 4
+    logits, queries, keys = _affinity(M=15, K=37)
+    inputs = (logits, 3 * queries, keys)
+    expected, lse = dense.softmax_affinity(*inputs, None)
+    for chunk in (None, 4):
+        out, found = tiled.softmax_affinity(*inputs, chunk)
+        assert_close(out, expected, "propagation")
+        assert_close(found, lse, "propagation")
+        probe = _normal(*out.shape, seed=9)
+        gradients = tiled.softmax_affinity_backward(probe, *inputs, found, chunk)
+        for x, y in zip(gradients, dense.softmax_affinity_backward(probe, *inputs, lse, None), strict=True):
+            assert_close(x, y, "gradient")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_softmax_affinity_does_not_overflow(backend, device):
     logits, queries, keys = _affinity(dtype=F32, device=device)
