@@ -65,6 +65,7 @@ def _arguments(feats, target, anchors=None, tile=3, backend="auto", sum_sparsity
         None,
         tile,
         backend,
+        False,
         need_grad,
     )
 
@@ -462,7 +463,7 @@ def test_opcheck_of_the_affinity(backend, chunk, device):
     leaves = tuple(x.clone().requires_grad_() for x in inputs)
     opcheck(OPS.softmax_affinity.default, (*leaves, chunk, backend), test_utils=_ALL_CHECKS)
     out, lse = OPS.softmax_affinity(*inputs, chunk, backend)
-    arguments = (torch.ones_like(out), *inputs, lse, chunk, backend, True, True)
+    arguments = (torch.ones_like(out), *inputs, lse, chunk, backend, False, True, True)
     opcheck(OPS.softmax_affinity_backward.default, arguments, test_utils=_ALL_CHECKS)
 
 

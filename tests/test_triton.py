@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dlprop import DerivativeLabelPropagation, DerivativeLoss, _ops
+from dlprop._kernels import tiled
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,76 +55,57 @@ def test_the_kernels_on_the_gpu():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the interpreter does not see: types, shapes and shared memory of the compiled kernels. Compiling needs no GPU.
+# What the interpreter does not see: types, registers and shared memory of the compiled kernels. This needs no GPU.
 
-COMPILE = """
-import sys, torch, triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from dlprop._kernels import triton as kernels
-
-capability, dtype, precision = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
-element = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}[dtype]
-accumulator = "fp64" if element == "fp64" else "fp32"
-torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-FEATURES = ("rows", "columns", "row_carried", "column_carried", "values")
-UNIT = "value_channel" if dtype.itemsize < 4 else "value_pixel"
-MULTIPLES = ("row_pad", "column_pad", "channels", "target_channels", "value_image", "value_channel", "value_pixel")
-
-def compile(kernel, depth, **constants):
-    blocks = kernels._blocks(dtype, depth, None)
-    constants |= dict(ACCUMULATOR=getattr(tl, "float64" if element == "fp64" else "float32"), OWNED=blocks.owned,
-                      VISITED=blocks.visited, CHUNK=blocks.chunk, DEPTH=blocks.depth, PRECISION=precision, UPCAST=False)
-    constants |= {UNIT: 1, "depth_blocks": 1}
-    signature, values, hints = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], values[i,] = "constexpr", constants[name]
-        elif name in FEATURES:
-            signature[name] = "*" + element
-        elif name in ("row_targets", "column_targets"):
-            signature[name] = "*i64" if constants["LABELS"] else "*" + element
-        elif name in ("gradient", "sums", "out", "lse", "shift"):
-            signature[name] = "*" + accumulator
-        else:
-            signature[name] = "i32"
-        if signature[name][0] == "*" or signature[name] == "i32" and name in MULTIPLES:
-            hints[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
-    options = dict(num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert len(compiled.asm["cubin"]) > 1000
-    print("shared", compiled.metadata.shared)
-    print("product", *sorted({w for w in ("wgmma", "mma.sync") if w in compiled.asm["ptx"]}))
-
-compile(kernels._pairwise_kernel, 255, LABELS=True, NEED_GRADIENT=True)
-compile(kernels._pairwise_kernel, 100, LABELS=False, NEED_GRADIENT=False)
-compile(kernels._log_sum_exp_kernel, 16)
-compile(kernels._softmax_kernel, 255, SOURCES_OWN=True, GRADIENT=True)
-"""
+FP16, BF16 = torch.float16, torch.bfloat16
 
 
-@pytest.mark.slow
-@needs_triton
-@pytest.mark.parametrize(
-    ("capability", "dtype", "precision", "instruction"),
-    [
-        (80, "float32", "tf32", "mma.sync"),
-        (90, "float32", "tf32", "wgmma"),
-        (90, "bfloat16", "ieee", "wgmma"),
-    ],
-)
-def test_the_kernels_compile(capability, dtype, precision, instruction, tmp_path):
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
     import triton
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):
         pytest.skip("the compiler's interface was another before Triton 3.3")
-    report = _run("-c", COMPILE, str(capability), dtype, precision, TRITON_CACHE_DIR=str(tmp_path))
-    shared = [int(size) for size in re.findall(r"^shared (\d+)", report, flags=re.MULTILINE)]
-    assert len(shared) == 4
-    assert max(shared) <= 99 * 1024  # what one program may have on the smallest GPUs since 8.0
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from benchmarks import compiled
+
+    return compiled
+
+
+# What "auto" takes with 256 channels, and one form on other chips, where the compiler goes other ways.
+COMPILED = [(90, form, FP16, 1) for form in ("loss, labels", "loss, features")]
+COMPILED += [(90, form, BF16, 2) for form in ("log-sum-exp", "softmax", "softmax, gradient")]
+COMPILED += [(80, form, FP16, 1) for form in ("loss, labels", "loss, features")]
+COMPILED += [(80, form, BF16, 1) for form in ("log-sum-exp", "softmax", "softmax, gradient")]
+COMPILED += [(capability, "loss, features", FP16, 1) for capability in (86, 89, 100, 120)]
+INSTRUCTIONS = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
+
+
+@pytest.mark.slow
+@needs_triton
+@not_interpreted
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(("capability", "title", "dtype", "pieces"), COMPILED)
+def test_the_kernels_compile_without_waste(compiled, capability, title, dtype, pieces):
+    form = next(form for form in compiled.forms(256, 21) if form.title == title)
+    result = compiled.compile_form(form, compiled.kernels.Operands(dtype, pieces), capability)
+    assert result.shared <= compiled.SHARED_MEMORY[capability] << 10
     # A kernel that falls back to plain multiply-adds would be right, and many times slower.
-    assert set(re.findall(r"^product ?(.*)$", report, flags=re.MULTILINE)) == {instruction}
+    assert result.instruction == INSTRUCTIONS[capability]
+    assert result.stack <= (100 if capability == 80 else 0)
+
+
+@pytest.mark.slow
+@needs_triton
+@not_interpreted
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_the_report_of_the_compiler(compiled, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compiled", "--channels", "40", "5000", "--classes", "3"])
+    compiled.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * (2 * 2 + 3 * 3)
+    assert sum("HGMMA" in line for line in lines) == 2 * 2 + 3 * 3
+    assert sum("do not fit" in line for line in lines) == 2 * 2 + 3 * 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,3 +149,80 @@ def test_options_without_a_kernel():
         DerivativeLabelPropagation(backend="triton")(FEATS, FEATS)
     with pytest.raises(ValueError, match=r"backend='triton' .*norm='frobenius' has no Triton kernel.*'auto'"):
         DerivativeLoss(norm="frobenius", backend="triton")(FEATS, LABELS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What "auto" takes
+
+
+class _OnCuda:
+    """What a choice of kernels asks of a tensor on a GPU, where there is none."""
+
+    device = torch.device("cuda", 0)
+    dtype = torch.float32
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of compute capability 9.0, as far as the choice of kernels can see."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    return monkeypatch
+
+
+def _chosen(backend, reduced=True):
+    return _ops._kernels(backend, _OnCuda, "derivative_l1", (256, 0), reduced)
+
+
+@needs_triton
+def test_auto_takes_the_triton_kernels_where_they_pay(gpu):
+    from dlprop._kernels import triton
+
+    asked = []
+    gpu.setattr(triton, "pays", lambda *call: asked.append(call) or True)
+    kernels = _chosen("auto")
+    assert kernels.pairwise_l1.func is triton.pairwise_l1
+    assert kernels.softmax_affinity_backward.keywords == {"reduced": True}
+    assert asked == [("derivative_l1", torch.float32, _OnCuda.device, (256, 0), True)]
+    gpu.setattr(triton, "pays", lambda *_: False)
+    assert _chosen("auto") is tiled
+    assert _chosen("triton").pairwise_l1.func is triton.pairwise_l1
+    assert _chosen("tiled") is tiled
+
+
+@needs_triton
+def test_auto_on_the_cpu_is_tiled():
+    for interpreted in (False, True):
+        assert _ops._kernels("auto", FEATS, "derivative_l1", (5, 0), interpreted) is tiled
+
+
+@pytest.mark.parametrize("fact", ["no Triton", "an older GPU", "another maker's GPU"])
+def test_auto_elsewhere_is_tiled(gpu, fact):
+    if fact == "no Triton":
+        gpu.setattr(_ops, "find_spec", lambda name: None)
+        reason = "not installed"
+    elif fact == "an older GPU":
+        gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+        reason = "8.0 or newer"
+    else:
+        gpu.setattr(torch.version, "hip", "6.0")
+        reason = "an NVIDIA GPU"
+    if fact != "no Triton" and find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    assert _chosen("auto") is tiled
+    with pytest.raises(ValueError, match=rf"backend='triton' cannot run here: .*{reason}.*backend='auto'"):
+        _chosen("triton")
+
+
+def test_autocast_is_what_reduces(monkeypatch):
+    calls = []
+    monkeypatch.setattr(_ops, "_kernels", lambda *call: calls.append(call[-1]) or tiled)
+    feats = torch.rand(1, 5, 3, requires_grad=True)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=BF16, enabled=enabled):
+            loss = DerivativeLoss()(feats, LABELS)
+            out = DerivativeLabelPropagation(affinity="softmax")(feats, feats)
+        loss.backward()
+        out.sum().backward()  # outside autocast, as usual
+        assert calls == [enabled] * 3
+        calls.clear()

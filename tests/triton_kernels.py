@@ -21,9 +21,8 @@ OPS = torch.ops.dlprop
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 DTYPES = [F64, F32, BF16]
 
-# The kind of tolerance of each result. In half precision the loss too is rounded to the dtype of the features, and the
-# softmax multiplies rounded probabilities.
-PAIRS = {F64: ("loss", "gradient"), F32: ("loss", "gradient"), F16: ("gradient",) * 2, BF16: ("gradient",) * 2}
+# Sums of products of half precision numbers are as exact as those of float32, but the softmax multiplies probabilities
+# that it rounds to the dtype first.
 SOFTMAX = {F64: "gradient", F32: "gradient", F16: "autocast", BF16: "autocast"}
 
 
@@ -37,6 +36,10 @@ def kernels():
 def _normal(*shape, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=F64).to(dtype)
+
+
+def _at_least_float32(dtype):
+    return torch.promote_types(dtype, F32)
 
 
 def _double(*tensors):
@@ -74,7 +77,7 @@ def _pairs(form, dtype, N=2, D=5, M=7, E=None):
 
 def _arguments(a, g, tile, need_grad=True, anchors=None):
     """The arguments of the loss's op that leave the pairs of order 0: those of the kernel itself."""
-    return a, g, None, anchors, a.new_ones(len(a)), None, False, 0, "forward", None, tile, "triton", need_grad
+    return a, g, None, anchors, a.new_ones(len(a)), None, False, 0, "forward", None, tile, "triton", False, need_grad
 
 
 def _pair_op(*inputs):
@@ -91,11 +94,11 @@ def _check_pairs(kernels, device, form, dtype, tile, need_grad=True, **shape):
     a, g = _pairs(form, dtype, **shape)
     expected = dense.pairwise_l1(*_double(a, g), None, True)
     value, gradient = kernels.pairwise_l1(a.to(device), g.to(device), tile, need_grad)
-    assert value.dtype == dtype
-    assert_close(value, expected[0], PAIRS[dtype][0])
+    assert value.dtype == _at_least_float32(dtype)
+    assert_close(value, expected[0], "loss")
     if need_grad:
-        assert gradient.dtype == dtype
-        assert_close(gradient, expected[1], PAIRS[dtype][1])
+        assert gradient.dtype == value.dtype
+        assert_close(gradient, expected[1], "gradient")
     else:
         assert gradient is None
 
@@ -104,9 +107,8 @@ def _check_cross(kernels, device, form, dtype, tile, **shape):
     inputs = _cross(form, dtype, **shape)
     expected = dense.pairwise_l1_cross(*_double(*inputs), None, True)
     outputs = kernels.pairwise_l1_cross(*(x.to(device) for x in inputs), tile, True)
-    kinds = PAIRS[dtype] + PAIRS[dtype][1:]
-    for actual, wanted, kind in zip(outputs, expected, kinds, strict=True):
-        assert actual.dtype == dtype
+    for actual, wanted, kind in zip(outputs, expected, ("loss", "gradient", "gradient"), strict=True):
+        assert actual.dtype == _at_least_float32(dtype)
         assert_close(actual, wanted, kind)
     assert kernels.pairwise_l1_cross(*(x.to(device) for x in inputs), tile, False)[1:] == (None, None)
 
@@ -120,8 +122,8 @@ def _check_softmax(kernels, device, dtype, chunk, **shape):
     actual_out, actual_lse = kernels.softmax_affinity(*on_device, chunk)
     actual = kernels.softmax_affinity_backward(probe.to(device), *on_device, actual_lse, chunk)
     for x, wanted in zip((actual_out, actual_lse, *actual), (out, lse, *gradients), strict=True):
-        assert x.dtype == dtype
-        assert_close(x, wanted, SOFTMAX[dtype])
+        assert x.dtype == _at_least_float32(dtype)
+        assert_close(x, wanted, SOFTMAX[dtype], dtype=dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,13 +144,19 @@ def test_pairwise_l1_with_the_default_blocks(kernels, device, form, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_deeper_than_a_block(kernels, device, dtype):
-    _check_pairs(kernels, device, "labels", dtype, 16, N=1, D=270, M=19)
-    _check_cross(kernels, device, "features", dtype, 16, N=1, D=270, M=19, K=18)
+def test_many_channels(kernels, device, dtype):
+    deep = 100 if dtype == F64 else 500  # float64 in both products does not fit in shared memory
+    _check_pairs(kernels, device, "labels", dtype, 16, N=1, D=500, M=19)
+    _check_cross(kernels, device, "features", dtype, 16, N=1, D=deep, M=19, K=18)
+    _check_pairs(kernels, device, "features", dtype, 16, D=3, M=20, E=40)
 
 
-def test_many_channels_of_the_target(kernels, device):
-    _check_pairs(kernels, device, "features", F32, 16, D=3, M=20, E=40)
+def test_more_channels_than_fit(kernels, device):
+    a = torch.zeros(1, 5000, 3, device=device)
+    with pytest.raises(ValueError, match=r"backend='triton' .* 8192 channels .* KiB .*backend='auto'"):
+        kernels.pairwise_l1(a, torch.zeros(1, 3, dtype=torch.long, device=device), None, True)
+    with pytest.raises(ValueError, match=r"backend='triton' .* 8192 channels .* KiB .*backend='auto'"):
+        kernels.softmax_affinity(a, a, a, None)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -165,12 +173,17 @@ def test_pairwise_l1_cross(kernels, device, form, dtype, D, M, K):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("C", "D", "M", "K"), [(1, 5, 1, 1), (3, 40, 37, 20), (19, 5, 20, 50), (1, 2, 40, 1)])
+@pytest.mark.parametrize(("C", "D", "M", "K"), [(1, 5, 1, 2), (3, 40, 37, 20), (19, 5, 20, 50), (1, 2, 40, 2)])
 def test_softmax_affinity(kernels, device, dtype, C, D, M, K):
     _check_softmax(kernels, device, dtype, 16, C=C, D=D, M=M, K=K)
 
 
-def test_softmax_affinity_deeper_than_a_block(kernels, device):
+@pytest.mark.parametrize("M", [1, 40])
+def test_softmax_affinity_with_one_target(kernels, device, M):
+    _check_softmax(kernels, device, F64, 16, M=M, K=1)  # its similarities have no gradient, and float32 leaves rounding
+
+
+def test_softmax_affinity_with_many_channels(kernels, device):
     _check_softmax(kernels, device, F32, 16, N=1, C=140, D=140, M=19, K=18, scale=0.3)
 
 
@@ -203,6 +216,10 @@ def test_similarities_far_below_zero(kernels, device):
         assert_close(actual, wanted, "gradient")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Float32 in pieces
+
+
 @pytest.fixture
 def _tf32():
     before = torch.get_float32_matmul_precision()
@@ -211,44 +228,158 @@ def _tf32():
     torch.set_float32_matmul_precision(before)
 
 
-def _rounded(x):
-    """``x`` to the nearest number of 10 bits after the point, away from zero in ties."""
+def _rounded(x, bits):
     mantissa, exponent = torch.frexp(x.double())
-    scaled = mantissa * 2.0**11
-    return torch.ldexp(scaled.sign() * (scaled.abs() + 0.5).floor() * 2.0**-11, exponent)
+    return torch.ldexp((mantissa * 2.0**bits).round() * 2.0**-bits, exponent)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-50, 2.0**40])
 @pytest.mark.parametrize("form", FORMS)
+def test_reduced_products_have_eleven_bits_in_any_scale(kernels, device, form, scale):
+    a, g = (_rounded(x, 11).float() * scale if x.is_floating_point() else x for x in _pairs(form, F32, D=9, M=37))
+    expected = dense.pairwise_l1(*_double(a, g), None, True)
+    noise = 1 + 2.0**-14 * torch.rand(a.shape, generator=torch.Generator().manual_seed(0)).sub(0.5)
+    value, gradient = kernels.pairwise_l1((a * noise).to(device), g.to(device), 16, True, reduced=True)
+    largest = expected[0].max().item()
+    assert_close(value / largest, expected[0] / largest, "loss")
+    assert_close(gradient / scale, expected[1] / scale, "gradient")
+
+
+def _one_pair(x, device):
+    """Features of one pixel and one anchor with the similarity x^2, and labels that differ."""
+    a = torch.tensor([[[x]]], dtype=F32, device=device)
+    return a, a.clone(), *(torch.tensor([[label]], device=device) for label in (0, 1))
+
+
+def test_two_pieces_have_twenty_two_bits(kernels, device):
+    x = 1 + 2.0**-13  # in float16: 1 and 2^-13
+    value, gradient, _ = kernels.pairwise_l1_cross(*_one_pair(x, device), None, True)
+    assert abs(value.item() - x * x) < 2.0**-22
+    assert gradient.item() == x
+    reduced = kernels.pairwise_l1_cross(*_one_pair(x, device), None, True, reduced=True)
+    assert [y.item() for y in reduced] == [1, 1, 1]
+
+
 @pytest.mark.usefixtures("_tf32")
-def test_tf32_rounds_the_features_and_nothing_else(kernels, device, form):
-    a, g = _pairs(form, F32, D=9, M=37)
-    a = _rounded(a).float()  # away from kinks no more, perhaps: the signs are those of the rounded features
-    exact = [_rounded(x) if x.is_floating_point() else x for x in (a, g)]
-    R = exact[0].mT @ exact[0] - dense.target_similarity(exact[1], exact[1], F64)
-    assert R.abs().min() > 1e-6
-    noise = 1 + 2.0**-13 * torch.rand(a.shape, generator=torch.Generator().manual_seed(0)).sub(0.5)
-    expected = dense.pairwise_l1(*exact, None, True)
-    value, gradient = kernels.pairwise_l1((a * noise).to(device), g.to(device), 16, True)
-    assert_close(value, expected[0], "loss")
-    assert_close(gradient, expected[1], "gradient")
+def test_where_torch_allows_tf32_products_are_reduced(kernels, device):
+    assert kernels.pairwise_l1_cross(*_one_pair(1 + 2.0**-13, device), None, False)[0].item() == 1
+    inputs = [x.to(device) for x in _affinity(F32, M=37, K=20)]
+    actual = kernels.softmax_affinity(*inputs, 16)
+    for x, y in zip(actual, kernels.softmax_affinity(*inputs, 16, reduced=True), strict=True):
+        assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1])
-@pytest.mark.usefixtures("_tf32")
-def test_tf32_does_not_hide_nan(kernels, device, bits):
-    a, g = _pairs("labels", F32, N=1)
-    a[0, 1, 2] = torch.tensor(bits, dtype=torch.int32).view(F32)
-    assert kernels.pairwise_l1(a.to(device), g.to(device), 16, False)[0].isnan().all()
-    inputs = _affinity(F32, N=1)
-    inputs[0][0, 1, 2] = inputs[2][0, 1, 2] = a[0, 1, 2]
-    assert kernels.softmax_affinity(*(x.to(device) for x in inputs), 16)[0].isnan().all()
+def _softmax_of_two(kernels, device, similarity, logit, **options):
+    """What a source of one ``logit`` gives to two targets whose similarities with it differ by ``similarity``^2."""
+    logits, queries, keys = (
+        torch.tensor(x, dtype=F32, device=device) for x in ([[[logit]]], [[[similarity]]], [[[similarity, 0.0]]])
+    )
+    out, lse = kernels.softmax_affinity(logits, queries, keys, None, **options)
+    grads = kernels.softmax_affinity_backward(torch.ones_like(out) * logit, logits, queries, keys, lse, None, **options)
+    return out.flatten().tolist(), grads
 
 
-@pytest.mark.usefixtures("_tf32")
-def test_tf32_of_the_softmax(kernels, device):
+def test_the_pieces_of_the_softmax(kernels, device):
+    x = 1 + 2.0**-9 + 2.0**-18  # in bfloat16: 1, 2^-9 and 2^-18
+    wanted = x * torch.sigmoid(torch.tensor(x * x, dtype=F64)).item()
+    out, grads = _softmax_of_two(kernels, device, x, x)
+    assert abs(out[0] / wanted - 1) < 3e-7
+    assert abs(grads[0].item() / x - 1) < 3e-7
+    reduced, _ = _softmax_of_two(kernels, device, x, x, reduced=True)
+    assert 2.0**-22 < abs(reduced[0] / wanted - 1) < 2.0**-15
+
+
+def test_reduced_products_of_the_softmax_have_sixteen_bits(kernels, device):
     inputs = _affinity(F32, M=37, K=20)
-    out = kernels.softmax_affinity(*(x.to(device) for x in inputs), 16)[0]
-    assert_close(out.half(), dense.softmax_affinity(*_double(*inputs), None)[0], "autocast")  # 10 bits, as float16
+    out, lse = dense.softmax_affinity(*_double(*inputs), None)
+    probe = _normal(*out.shape, seed=9, dtype=F32)
+    wanted = (out, *dense.softmax_affinity_backward(*_double(probe, *inputs), lse, None))
+    on_device = [x.to(device) for x in inputs]
+    actual, actual_lse = kernels.softmax_affinity(*on_device, 16, reduced=True)
+    grads = kernels.softmax_affinity_backward(probe.to(device), *on_device, actual_lse, 16, reduced=True)
+    for x, y in zip((actual, *grads), wanted, strict=True):
+        assert (x.cpu() - y).abs().max() < 2.0**-14 * y.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_image_alone_is_not_finite(kernels, device, value, reduced):
+    a, g = (x.to(device) for x in _pairs("features", F32, M=20))
+    expected = kernels.pairwise_l1(a, g, 16, True, reduced=reduced)
+    a[0, 1, 2] = value
+    loss, gradient = kernels.pairwise_l1(a, g, 16, True, reduced=reduced)
+    assert not loss[0].isfinite()
+    assert torch.equal(loss[1], expected[0][1])
+    assert torch.equal(gradient[1], expected[1][1])
+    logits, queries, keys = (x.to(device) for x in _affinity(F32))
+    logits[0, 1, 2] = value
+    assert not kernels.softmax_affinity(logits, queries, keys, 16, reduced=reduced)[0][0, 1].isfinite().any()
+
+
+def test_autocast_reduces_the_products(kernels, device):
+    feats = torch.zeros(1, 2, 2, device=device)
+    feats[0, 0] = 1 + 2.0**-13  # two pixels of one feature; the labels differ, so the loss is 4 squares or 2
+    labels = torch.tensor([[0, 1]], device=device)
+    loss = DerivativeLoss(max_order=0, eta=0.0, normalize=None, reduction="sum", backend="triton")
+    exact = loss(feats, labels).item()
+    with torch.autocast(device.type, dtype=BF16):
+        reduced = loss(feats, labels)
+    assert reduced.dtype == F32
+    assert reduced.item() == 2  # R is 0 where labels agree
+    assert exact > 2
+    logits = torch.ones(1, 1, 2, device=device)
+    propagate = DerivativeLabelPropagation(affinity="softmax", normalize=None, backend="triton")
+    feats[0, 0, 1] = 0
+    exact = propagate(logits, 2 * feats)
+    with torch.autocast(device.type, dtype=BF16):
+        reduced = propagate(logits, 2 * feats)
+    assert 0 < (reduced - exact).abs().max() < 2.0**-13
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When "auto" takes them
+
+
+def test_a_small_problem_says_whether_they_work(kernels, device, monkeypatch):
+    assert (device.type == "cpu") == kernels.INTERPRETED
+    kernels.works.cache_clear()
+    assert kernels.works(0)
+    kernels.works.cache_clear()
+    monkeypatch.setattr(kernels, "pairwise_l1", lambda *_, **__: (torch.ones(1), torch.ones(1, 20, 40)))
+    with pytest.warns(RuntimeWarning, match=r"'auto' takes the slower tiled ones: .*came out wrong, by"):
+        assert not kernels.works(0)
+    assert not kernels.works(0)  # and warns once
+    kernels.works.cache_clear()
+    monkeypatch.setattr(kernels, "pairwise_l1", None)
+    with pytest.warns(RuntimeWarning, match=r"do not work on .*TypeError"):
+        assert not kernels.works(0)
+    kernels.works.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "reduced", "channels", "capability", "wanted"),
+    [
+        ("derivative_l1", F32, False, (256, 0), 90, False),  # in full precision
+        ("derivative_l1", F32, True, (256, 0), 90, True),
+        ("derivative_l1", F32, True, (256, 256), 80, True),
+        ("derivative_l1", BF16, False, (256, 0), 80, True),
+        ("derivative_l1", F64, True, (8, 0), 90, False),
+        ("derivative_l1", F32, True, (512, 512), 90, False),  # a single stage
+        ("derivative_l1", F32, True, (5000, 0), 90, False),
+        ("softmax_affinity", F32, True, (256, 21), 90, True),
+        ("softmax_affinity", F32, True, (256, 21), 80, False),  # two pieces
+        ("softmax_affinity", F32, True, (256, 21), 120, False),
+        ("softmax_affinity", F16, False, (256, 21), 80, True),
+    ],
+)
+def test_where_they_pay(kernels, op, dtype, reduced, channels, capability, wanted, monkeypatch):
+    memory = 163 if capability == 80 else 227
+    monkeypatch.setattr(kernels, "_device", lambda _: kernels.Device(capability, memory << 10, 100))
+    assert kernels.pays(op, dtype, torch.device("cpu"), channels, reduced) is wanted
+    if wanted:
+        monkeypatch.setattr(kernels, "works", lambda _: False)
+        assert not kernels.pays(op, dtype, torch.device("cpu"), channels, reduced)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +449,7 @@ def test_opcheck_of_the_affinity(device):
     leaves = [x.clone().requires_grad_() for x in inputs]
     opcheck(OPS.softmax_affinity.default, (*leaves, None, "triton"), test_utils=_ALL_CHECKS)
     out, lse = OPS.softmax_affinity(*inputs, 16, "triton")
-    arguments = (torch.ones_like(out), *inputs, lse, 16, "triton", True, True)
+    arguments = (torch.ones_like(out), *inputs, lse, 16, "triton", False, True, True)
     opcheck(OPS.softmax_affinity_backward.default, arguments, test_utils=_ALL_CHECKS)
 
 
@@ -382,19 +513,41 @@ def test_compiled(device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Deliberately wrong kernels
 
-MUTANTS = {
+DEVICE_MUTANTS = {
     "ignored pixels equal each other": ("(own_labels == labels) & (own_labels >= 0)", "own_labels == labels", "labels"),
-    "target forgotten": ("tile = -_add_products(", "tile = 0 * _add_products(", "features"),
-    "target added": ("tile = -_add_products(", "tile = _add_products(", "features"),
+    "target forgotten": ("R -= _similarities(", "R -= 0 * _similarities(", "features"),
+    "target added": ("R -= _similarities(", "R += _similarities(", "features"),
     "last step of each walk dropped": ("min(start + walk, visits)", "min(start + walk, visits) - VISITED", "labels"),
     "walks overlap": ("start = split * walk", "start = split * (walk - VISITED)", "labels"),
-    "residual for its sign": ("tl.where(tile > 0, 1.0, tl.where(tile < 0, -1.0, 0.0))", "tile", "labels"),
-    "gradient of one role": ("grad.mul_(2)", "grad", "features"),
-    "one block of channels": ("first_channel = depth_block * DEPTH", "first_channel = 0", "deep"),
+    "residual for its sign": ("tl.where(R > 0, 1.0, tl.where(R < 0, -1.0, 0.0))", "R", "labels"),
+    "other image's pixels": ("+ first * CHANNELS", "+ first * CHANNELS * 0", "labels"),
     "padded targets count": ('S = tl.where(is_pixel, S, float("-inf"))', "", "low"),
     "padded targets in the sum": ("(visited + tl.arange(0, VISITED) < visits)[None, :], S", "S == S, S", "softmax"),
     "row sum forgotten": ("W *= carried - (row_shift", "W *= carried - (0 * row_shift", "softmax"),
     "sums not rescaled": ("total * tl.exp(largest - new_largest)", "total", "softmax"),
+    "second piece of the rows": ("_dot(a1, tl.trans(c0), tile", "_dot(a1 * 0, tl.trans(c0), tile", "pieces"),
+    "second piece of the columns": ("_dot(a0, tl.trans(c1), tile", "_dot(a0, tl.trans(c1 * 0), tile", "pieces"),
+    "second piece of the values": ("_dot(signs, v1, total", "_dot(signs, v1 * 0, total", "pieces"),
+    "third piece of the rows": ("_dot(a2, tl.trans(c0), tile", "_dot(a2 * 0, tl.trans(c0), tile", "softmax pieces"),
+    "third piece of the columns": ("_dot(a0, tl.trans(c2), tile", "_dot(a0, tl.trans(c2 * 0), tile", "softmax pieces"),
+    "product of the second pieces": (
+        "_dot(a1, tl.trans(c1), tile",
+        "_dot(a1, tl.trans(c1 * 0), tile",
+        "softmax pieces",
+    ),
+    "second piece of the weights": ("_dot(w1, v0, total", "_dot(w1 * 0, v0, total", "softmax pieces"),
+    "second piece of the weighted": ("_dot(w0, v1, total", "_dot(w0, v1 * 0, total", "softmax pieces"),
+    "third piece of the weights": ("_dot(w2, v0, total", "_dot(w2 * 0, v0, total", "softmax pieces"),
+    "third piece of the weighted": ("_dot(w0, v2, total", "_dot(w0, v2 * 0, total", "softmax pieces"),
+    "both second pieces": ("_dot(w1, v1, total", "_dot(w1, v1 * 0, total", "softmax pieces"),
+    "equal labels in another scale": ("same, 0.0)", "1.0, 0.0)", "scale"),
+}
+HOST_MUTANTS = {
+    "gradient of one role": ("grad.mul_(2)", "grad", "features"),
+    "loss in another scale": ("sums.sum(dim=(0, 2)) / (scale * scale)", "sums.sum(dim=(0, 2))", "scale"),
+    "gradient in another scale": ("(gradient) / scale[:, None, None]", "(gradient)", "scale"),
+    "one split": ("parts.sum(dim=0)", "parts[0]", "labels"),
+    "pieces of what is not finite": (".nan_to_num_(0, 0, 0)", "", "not finite"),
 }
 
 
@@ -402,31 +555,60 @@ def _check_case(kernels, device, case, monkeypatch):
     # Walks of two steps, however many programs the device would have.
     steps_of_two = lambda pixels, visited, *_: (2 * visited, -(-pixels // (2 * visited)))  # noqa: E731
     monkeypatch.setattr(kernels, "_walk", steps_of_two)
-    if case == "deep":
-        _check_pairs(kernels, device, "labels", F64, 16, N=1, D=70, M=19)
-    elif case == "low":
+    if case == "low":
         test_similarities_far_below_zero(kernels, device)
     elif case == "softmax":
         _check_softmax(kernels, device, F64, 16, N=1, M=40, K=90)
+    elif case == "pieces":
+        test_two_pieces_have_twenty_two_bits(kernels, device)
+    elif case == "softmax pieces":
+        test_the_pieces_of_the_softmax(kernels, device)
+    elif case == "scale":
+        _check_pairs(kernels, device, "labels", F32, 16, M=20)
+    elif case == "not finite":
+        _check_infinite_features(kernels, device)
     else:
-        _check_pairs(kernels, device, case, F64, 16, N=1, M=90)
+        _check_pairs(kernels, device, case, F64, 16, M=90)
 
 
-@pytest.mark.parametrize("case", ["labels", "features", "deep", "low", "softmax"])
+def _check_infinite_features(kernels, device):
+    x = torch.tensor([[[float("inf")]]], device=device)
+    label = torch.zeros(1, 1, dtype=torch.long, device=device)
+    # Its product with a second piece would be NaN.
+    assert kernels._as_rows(x, kernels.Operands(BF16, 3), kernels.BLOCKS[-1])[1:].count_nonzero() == 0, "error"
+    assert not kernels.pairwise_l1(x, label, None, False)[0].isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("case", ["labels", "features", "low", "softmax", "pieces", "softmax pieces", "scale"])
 def test_the_right_kernel_passes_where_mutants_fail(kernels, device, case, monkeypatch):
     _check_case(kernels, device, case, monkeypatch)
 
 
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("mistake", MUTANTS)
-def test_a_wrong_kernel_fails(kernels, device, mistake, tmp_path, monkeypatch):
-    right, wrong, case = MUTANTS[mistake]
-    source = Path(kernels.__file__).read_text()
+def _load(module, right, wrong, tmp_path):
+    """The module with a mistake."""
+    source = Path(module.__file__).read_text()
     assert right in source
     path = tmp_path / "mutant.py"
     path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("mutant", path)
+    spec = importlib.util.spec_from_file_location("dlprop._kernels.mutant", path)
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
-    with pytest.raises(AssertionError, match=r"error|non-finite"):
-        _check_case(mutant, device, case, monkeypatch)
+    return mutant
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("mistake", [*DEVICE_MUTANTS, *HOST_MUTANTS])
+def test_a_wrong_kernel_fails(kernels, device, mistake, tmp_path, monkeypatch):
+    from dlprop._kernels import triton_jit
+
+    if mistake in DEVICE_MUTANTS:
+        right, wrong, case = DEVICE_MUTANTS[mistake]
+        mutant = _load(triton_jit, right, wrong, tmp_path)
+        for name in ("pairwise_kernel", "log_sum_exp_kernel", "softmax_kernel"):
+            monkeypatch.setattr(kernels, name, getattr(mutant, name))
+    else:
+        right, wrong, case = HOST_MUTANTS[mistake]
+        kernels = _load(kernels, right, wrong, tmp_path)
+    with pytest.raises(AssertionError):
+        _check_case(kernels, device, case, monkeypatch)

@@ -1,14 +1,16 @@
 """The custom ops: schema, shapes for the compiler, autograd, and the choice of the kernel.
 
 `dlprop::derivative_l1` and `dlprop::softmax_affinity` are opaque to the compiler, so that
-their loops over tiles neither unroll nor specialise on sizes. All compute in the dtype they are given, also under
-autocast, and none can be differentiated twice.
+their loops over tiles neither unroll nor specialise on sizes. All return the dtype they are given, also under autocast,
+and none can be differentiated twice. ``reduced`` says that autocast is on: the Triton kernels may then multiply float32
+in reduced precision, as where torch's setting allows TF32; the others never do.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,15 +19,14 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.library import define, impl, register_autograd, register_fake
 
 from ._kernels import dense, orders, tiled
-from .features import full_precision
+from .features import at_least_float32, full_precision
 
 __all__: list[str] = []
 
 Backend = Literal["auto", "dense", "tiled", "triton"]
 BACKENDS = get_args(Backend)
 
-# "auto" stays with the tiled kernels on CUDA too until the Triton kernels have been measured there.
-_KERNELS: dict[str, ModuleType] = {"dense": dense, "tiled": tiled, "auto": tiled}
+_KERNELS = {"dense": dense, "tiled": tiled}
 
 
 def check_backend(backend: str, x: Tensor, without_kernel: str | None = None) -> None:
@@ -40,6 +41,10 @@ def check_backend(backend: str, x: Tensor, without_kernel: str | None = None) ->
         reason = f"{without_kernel} has no Triton kernel, because it is a few plain matrix products"
     elif not torch.compiler.is_compiling():  # a compiled graph asks when it runs, in the op
         reason = _missing_for_triton(x.device)
+    _refuse_triton(reason)
+
+
+def _refuse_triton(reason: str) -> None:
     if reason:
         raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto'")
 
@@ -49,6 +54,8 @@ def _missing_for_triton(device: torch.device) -> str:
     if find_spec("triton") is None:
         return f"Triton is not installed (it comes with builds of torch for CUDA; tensors are on {device})"
     if device.type == "cuda":
+        if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+            return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, and {device} is none"
         return ""
     if device.type != "cpu":
         return f"it needs CUDA tensors, and these are on {device}"
@@ -59,13 +66,24 @@ def _missing_for_triton(device: torch.device) -> str:
     return "it needs CUDA tensors, and these are on cpu (Triton's interpreter is off: TRITON_INTERPRET=1 was not set)"
 
 
-def _kernels(backend: str, x: Tensor) -> ModuleType:
-    if backend != "triton":
+def _kernels(
+    backend: str, x: Tensor, op: str, channels: tuple[int, int], reduced: bool
+) -> ModuleType | SimpleNamespace:
+    """The kernels of ``backend`` for features ``x`` and their targets or logits, of so many ``channels``.
+
+    "auto" takes the Triton kernels on CUDA where tensor cores may do the products: not for float32 in full precision.
+    """
+    if backend in ("dense", "tiled"):
         return _KERNELS[backend]
-    check_backend(backend, x)
+    missing = _missing_for_triton(x.device)
+    if backend == "auto" and (missing or x.device.type != "cuda"):
+        return tiled
+    _refuse_triton(missing)
     from ._kernels import triton
 
-    return triton
+    if backend == "auto" and not triton.pays(op, x.dtype, x.device, channels, reduced):
+        return tiled
+    return SimpleNamespace(**{name: partial(getattr(triton, name), reduced=reduced) for name in triton.KERNELS})
 
 
 def _refuse_second_derivative(*_: Any) -> None:
@@ -101,18 +119,21 @@ def _check_gradient_was_kept(grad: Tensor, grad_loss: Tensor) -> None:
 define(
     "dlprop::derivative_l1",
     "(Tensor feats, Tensor target, Tensor? valid, Tensor? anchors, Tensor pair_weight, Tensor? eta, bool sum_sparsity,"
-    " int max_order, str scheme, str? normalize, int? tile, str backend, bool need_grad) -> (Tensor, Tensor)",
+    " int max_order, str scheme, str? normalize, int? tile, str backend, bool reduced, bool need_grad)"
+    " -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @impl("dlprop::derivative_l1", "default")
-def _derivative_l1(feats: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    *options, backend, need_grad = inputs
-    arguments: tuple[Any, ...] = (*options, _kernels(backend, feats), need_grad)
+def _derivative_l1(feats: Tensor, target: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    *options, backend, reduced, need_grad = inputs
+    channels = feats.shape[1], target.shape[1] if target.is_floating_point() else 0
+    kernels = _kernels(backend, feats, "derivative_l1", channels, reduced)
+    arguments: tuple[Any, ...] = (*options, kernels, need_grad)
     with full_precision(feats):
-        loss, grad = orders.derivative_l1(feats, *arguments)
-    return loss, feats.new_empty(0) if grad is None else grad.contiguous()
+        loss, grad = orders.derivative_l1(feats, target, *arguments)
+    return loss, feats.new_empty(0) if grad is None else grad.to(feats.dtype).contiguous()
 
 
 def _derivative_l1_fake(feats: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -129,10 +150,10 @@ def _derivative_l1_backward(ctx: Any, grad_loss: Tensor | None, second: Tensor |
     if second is not None:
         _refuse_second_derivative()
     if grad_loss is None:
-        return (None,) * 13
+        return (None,) * 14
     (grad,) = ctx.saved_tensors
     _check_gradient_was_kept(grad, grad_loss)
-    return grad_loss[:, None, None] * grad, *(None,) * 12
+    return grad_loss[:, None, None] * grad, *(None,) * 13
 
 
 register_fake("dlprop::derivative_l1", _derivative_l1_fake)
@@ -145,31 +166,33 @@ register_autograd("dlprop::derivative_l1", _derivative_l1_backward, setup_contex
 
 define(
     "dlprop::softmax_affinity",
-    "(Tensor logits, Tensor queries, Tensor keys, int? chunk, str backend) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor queries, Tensor keys, int? chunk, str backend, bool reduced=False) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 define(
     "dlprop::softmax_affinity_backward",
     "(Tensor grad, Tensor logits, Tensor queries, Tensor keys, Tensor lse, int? chunk, str backend,"
-    " bool need_queries, bool need_keys) -> (Tensor, Tensor, Tensor)",
+    " bool reduced, bool need_queries, bool need_keys) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @impl("dlprop::softmax_affinity", "default")
 def _softmax_affinity(
-    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str
+    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str, reduced: bool = False
 ) -> tuple[Tensor, Tensor]:
+    channels = queries.shape[1], logits.shape[1]
     with full_precision(logits):
-        out, lse = _kernels(backend, logits).softmax_affinity(logits, queries, keys, chunk)
-    return out, lse
+        kernels = _kernels(backend, queries, "softmax_affinity", channels, reduced)
+        out, lse = kernels.softmax_affinity(logits, queries, keys, chunk)
+    return out.to(logits.dtype), at_least_float32(lse)
 
 
 def _softmax_affinity_fake(
-    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str
+    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str, reduced: bool = False
 ) -> tuple[Tensor, Tensor]:
     N, C, M = logits.shape
-    return logits.new_empty(N, C, keys.shape[2]), logits.new_empty(N, M)
+    return logits.new_empty(N, C, keys.shape[2]), at_least_float32(queries.new_empty(N, M))
 
 
 @impl("dlprop::softmax_affinity_backward", "default")
@@ -181,14 +204,18 @@ def _softmax_affinity_backward(
     lse: Tensor,
     chunk: int | None,
     backend: str,
-    need_queries: bool = True,
-    need_keys: bool = True,
+    reduced: bool,
+    need_queries: bool,
+    need_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = logits, queries, keys
+    channels = queries.shape[1], logits.shape[1]
     with full_precision(logits):
-        grads = _kernels(backend, logits).softmax_affinity_backward(
-            grad, logits, queries, keys, lse, chunk, need_queries, need_keys
-        )
-    grad_logits, grad_queries, grad_keys = (logits.new_empty(0) if g is None else g.contiguous() for g in grads)
+        kernels = _kernels(backend, queries, "softmax_affinity", channels, reduced)
+        grads = kernels.softmax_affinity_backward(grad, *inputs, lse, chunk, need_queries, need_keys)
+    grad_logits, grad_queries, grad_keys = (
+        x.new_empty(0) if g is None else g.to(x.dtype).contiguous() for g, x in zip(grads, inputs, strict=True)
+    )
     return grad_logits, grad_queries, grad_keys
 
 
@@ -200,8 +227,9 @@ def _softmax_affinity_backward_fake(
     lse: Tensor,
     chunk: int | None,
     backend: str,
-    need_queries: bool = True,
-    need_keys: bool = True,
+    reduced: bool,
+    need_queries: bool,
+    need_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         logits.new_empty(logits.shape),
@@ -212,19 +240,19 @@ def _softmax_affinity_backward_fake(
 
 def _softmax_affinity_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    logits, queries, keys, ctx.chunk, ctx.backend = inputs
+    logits, queries, keys, *ctx.options = inputs
     ctx.save_for_backward(logits, queries, keys, output[1])
 
 
 def _softmax_affinity_grad(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 5
+        return (None,) * 6
     logits, queries, keys, lse = ctx.saved_tensors
     _, need_queries, need_keys, *_ = ctx.needs_input_grad
     grad_logits, grad_queries, grad_keys = torch.ops.dlprop.softmax_affinity_backward(
-        grad, logits, queries, keys, lse.detach(), ctx.chunk, ctx.backend, need_queries, need_keys
+        grad, logits, queries, keys, lse.detach(), *ctx.options, need_queries, need_keys
     )
-    return grad_logits, grad_queries if need_queries else None, grad_keys if need_keys else None, None, None
+    return grad_logits, grad_queries if need_queries else None, grad_keys if need_keys else None, None, None, None
 
 
 register_fake("dlprop::softmax_affinity", _softmax_affinity_fake)
@@ -244,8 +272,10 @@ def derivative_l1(feats: Tensor, *inputs: Any) -> Tensor:
     return loss
 
 
-def softmax_affinity(logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str) -> Tensor:
+def softmax_affinity(
+    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str, reduced: bool
+) -> Tensor:
     """The propagated logits of `dlprop::softmax_affinity`."""
     _refuse_forward_mode(logits, queries, keys)
-    out: Tensor = torch.ops.dlprop.softmax_affinity(logits, queries, keys, chunk, backend)[0]
+    out: Tensor = torch.ops.dlprop.softmax_affinity(logits, queries, keys, chunk, backend, reduced)[0]
     return out

@@ -121,7 +121,7 @@ def derivative_loss(
     _check_tensors(feats, target, mask, max_order, scheme, ignore_index)
     check_backend(backend, feats, "norm='frobenius'" if norm == "frobenius" else None)
 
-    eta = options["eta"]
+    eta, reduced = options["eta"], _checks.autocast_enabled(feats)
     with full_precision(feats):
         V = normalize_features(flatten(feats), normalize)
         N, D, M = V.shape
@@ -156,6 +156,7 @@ def derivative_loss(
                 normalize,
                 chunk_size,
                 backend,
+                reduced,
             )
         if reduction == "none":
             return per_image

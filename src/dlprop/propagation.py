@@ -140,6 +140,7 @@ def derivative_label_propagation(
         affinity=affinity,
         chunk_size=chunk_size,
         backend=backend,
+        reduced=_checks.autocast_enabled(logits),
     )
     grid, logits_grid = feats.shape[2:], logits.shape[2:]
     is_resized = logits.ndim == 4 and logits_grid != grid
@@ -298,12 +299,13 @@ def _propagate(
     affinity: Affinity,
     chunk_size: int | None,
     backend: Backend,
+    reduced: bool,
 ) -> Tensor:
     """Carry ``source`` (N, C, H, W) along features of its own grid to the grid of ``targets``; flat inputs likewise."""
     L, flat_V = flatten(source), flatten(V)
     flat_targets = flat_V if targets is V else flatten(targets)
     if affinity == "softmax":
-        out = _softmax(L, flat_V, flat_targets, weights, scheme, normalize, similarity, chunk_size, backend)
+        out = _softmax(L, flat_V, flat_targets, weights, scheme, normalize, similarity, chunk_size, backend, reduced)
     elif backend == "dense":
         out = _dense_linear(L, flat_V, flat_targets, weights, scheme, normalize, similarity)
     elif similarity == "cosine":
@@ -367,6 +369,7 @@ def _softmax(
     similarity: Similarity,
     chunk_size: int | None,
     backend: str,
+    reduced: bool,
 ) -> Tensor:
     """`L softmax(S, -1)`; all orders are one product, `S = (K V)^T V'` or `S = [w_q Z_q]^T [Z'_q]`."""
     if similarity == "dot":
@@ -376,7 +379,7 @@ def _softmax(
         rows, columns = _unit_differences(V, targets, weights, scheme, normalize)
         queries = torch.cat([w * Z for w, Z in zip(weights, rows, strict=True)], dim=1)
         keys = torch.cat(columns, dim=1)
-    return softmax_affinity(L, queries, keys, chunk_size, backend)
+    return softmax_affinity(L, queries, keys, chunk_size, backend, reduced)
 
 
 def _dense_linear(

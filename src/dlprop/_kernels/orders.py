@@ -6,7 +6,7 @@ and its gradient live only while that order is at work: four arrays of the size 
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def derivative_l1(
     scheme: Scheme,
     normalize: Normalize,
     tile: int | None,
-    kernels: ModuleType,
+    kernels: Any,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`w sum_q sum_ij |a_i . a_j - G_ij| + eta |A_{Q+1} V|` of every image, and its gradient in V, (N, D, M).
@@ -48,7 +48,7 @@ def derivative_l1(
         scheme: of the differences.
         normalize: how the target is normalised, and how the features were.
         tile: edge of a tile in pixels, None for the default.
-        kernels: the module whose `pairwise_l1` and `pairwise_l1_cross` do the pairs.
+        kernels: what has the `pairwise_l1` and `pairwise_l1_cross` that do the pairs, a module perhaps.
         need_grad: whether to compute the gradient.
     """
     rows = feats.mT.contiguous()
@@ -116,7 +116,7 @@ def _similarities_are_fractions(feats: Tensor, normalize: Normalize) -> bool:
 
 
 def _sampled(
-    kernels: ModuleType, a: Tensor, g: Tensor, anchors: Tensor, tile: int | None, need_grad: bool
+    kernels: Any, a: Tensor, g: Tensor, anchors: Tensor, tile: int | None, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The pairs of all pixels with the anchors, each pair for M / K, and the gradient of both roles."""
     scale = a.shape[2] / anchors.shape[1]

@@ -1,12 +1,20 @@
 """The pairwise ops as Triton kernels: a tile of the M x M matrices exists in registers only.
 
-Every kernel has the same form. A program owns a block of pixels, walks over blocks of other pixels, and for each forms
-the tile of similarities chunk by chunk of the channels, turns it into weights (the signs of the residuals, or softmax
-probabilities) and multiplies these into a sum of its own. No two programs write to one place, so there are no atomics
-and a result is the same every time. Products are accumulated in float32 (float64 for float64 inputs).
+The device code, which says how a program works, is in `triton_jit.py`; this module chooses its blocks, lays out its
+inputs and launches it.
 
-Pixels and channels are padded with zeros to whole blocks while they are copied into the layout the kernels read, so
-the loads over pixels need no masks: a padded pixel has zero features and equals no label, so its residuals vanish.
+Tensor cores multiply in half precision and add in float32. Half precision inputs are multiplied as they are. Float32
+inputs are cut into pieces, more of them the more exact the products should be:
+
+- The loss takes float16 and scales every image by a power of two, so that its largest feature is near the largest
+  float16. One piece then has the 11 bits of TF32, for features down to 2^-28 of the largest, at twice its rate and half
+  its size; two pieces have 22. The signs that multiply into the gradient are exact.
+- The softmax multiplies probabilities, whose range is unknown beforehand, and takes bfloat16: two pieces have 16 bits,
+  three all 24.
+
+The fewer are taken where torch's setting allows TF32 for float32 products, or under autocast. TF32 itself would want
+the values of the last product once more with their pixels contiguous: that copy is half of what the loop reads, and it
+passes through registers that the sum needs.
 
 Import this module only where Triton is installed. Its kernels run on CUDA tensors, or, if TRITON_INTERPRET=1 was set
 before Triton was first imported, on CPU tensors in Triton's interpreter.
@@ -14,6 +22,9 @@ before Triton was first imported, on CPU tensors in Triton's interpreter.
 
 from __future__ import annotations
 
+import sys
+import warnings
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,432 +32,216 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import dense
+from .triton_jit import log_sum_exp_kernel, pairwise_kernel, softmax_kernel
+
+KERNELS = ("pairwise_l1", "pairwise_l1_cross", "softmax_affinity", "softmax_affinity_backward")
+INTERPRETED = not isinstance(pairwise_kernel, triton.runtime.JITFunction)
+
+
+class Device(NamedTuple):
+    """What the launches ask of a GPU."""
+
+    capability: int  # 90 for 9.0
+    shared_memory: int  # bytes that one program may have
+    processors: int
+
+    @property
+    def multiplies_shared_memory(self) -> bool:
+        """Whether its tensor cores read operands from shared memory (Hopper, data-centre Blackwell), not registers."""
+        return self.capability // 10 in (9, 10, 11)
+
+
+# In the interpreter, the sizes of an H100, and few programs in all, so that walks are split there as well.
+INTERPRETER = Device(90, 227 << 10, 6)
+PROGRAMS_PER_PROCESSOR = 2  # to start at least, so that none is idle; one is resident at a time
+
+
+class Operands(NamedTuple):
+    """How numbers are handed to the kernels."""
+
+    dtype: torch.dtype
+    pieces: int
+
 
 class Blocks(NamedTuple):
-    """The block sizes of one launch: what a program holds."""
+    """What one program holds."""
 
-    owned: int  # pixels that a program owns
+    owned: int  # pixels that it owns
     visited: int  # pixels of one step of its walk
-    chunk: int  # channels of one step of a similarity
-    depth: int  # channels of the sum that it accumulates
-    warps: int
-    stages: int  # chunks on the way from memory while another is multiplied
+    stages: int  # blocks of visited pixels in shared memory: with two, one is fetched while the other is multiplied
 
 
-# Programs to start for every multiprocessor at least, so that none is idle; one is resident at a time. In the
-# interpreter a few in all, so that walks are split there as well.
-PROGRAMS_PER_PROCESSOR = 2
-INTERPRETED_PROGRAMS = 12
+# In the order of preference: large tiles read less for every product, and a tensor core wants 64 pixels or more.
+BLOCKS = [Blocks(*x) for x in ((128, 64, 2), (128, 32, 2), (64, 64, 2), (64, 32, 2), (64, 32, 1))]
+BLOCKS += [Blocks(*x) for x in ((32, 32, 2), (32, 16, 2), (32, 16, 1), (16, 16, 2), (16, 16, 1))]
+SUM_WORDS = 128 * 256  # that the sum may take: half of the registers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Device code. Pointers are advanced by 64-bit scalars to the block; offsets inside a block fit 32 bits.
+class TooManyChannelsError(ValueError):
+    """A block of pixels does not fit in the shared memory of the device."""
 
 
-@triton.jit
-def _dot(x, y, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter holds bfloat16 as integers and would multiply those
-        x = x.to(tl.float32)
-        y = y.to(tl.float32)
-    return tl.dot(x, y, accumulator, input_precision=PRECISION)
+def pays(op: str, dtype: torch.dtype, device: torch.device, channels: tuple[int, int], reduced: bool) -> bool:
+    """Whether "auto" should take these kernels for ``op`` on features of ``dtype``.
 
+    It should where tensor cores may do the products and two stages of blocks fit. Float32 in full precision takes so
+    many products of pieces that torch's own are expected to be as fast, and so does the softmax of two pieces where
+    tensor cores multiply registers.
 
-@triton.jit
-def _add_products(
-    tile,
-    rows,
-    columns,
-    channels,
-    OWNED: tl.constexpr,
-    VISITED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """`tile_ij + x_i . y_j` for the blocks that begin at ``rows`` and ``columns``, both (pixels, channels)."""
-    chunk = tl.arange(0, CHUNK)
-    row_pointers = rows + tl.arange(0, OWNED)[:, None] * channels + chunk[None, :]
-    column_pointers = columns + tl.arange(0, VISITED)[None, :] * channels + chunk[:, None]
-    for _ in range(0, channels, CHUNK):
-        tile = _dot(tl.load(row_pointers), tl.load(column_pointers), tile, PRECISION, UPCAST)
-        row_pointers += CHUNK
-        column_pointers += CHUNK
-    return tile
-
-
-@triton.jit
-def _add_weighted(
-    total,
-    weights,
-    values,
-    first_channel,
-    channels,
-    channel_stride,
-    pixel_stride,
-    VISITED: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """`total_id + sum_j weights_ij values_dj` for the block of pixels that begins at ``values``."""
-    d = tl.arange(0, DEPTH)
-    pointers = values + tl.cast(first_channel, tl.int64) * channel_stride
-    pointers += tl.arange(0, VISITED)[:, None] * pixel_stride + d[None, :] * channel_stride
-    block = tl.load(pointers, mask=(first_channel + d < channels)[None, :], other=0.0)
-    return _dot(weights.to(block.dtype), block, total, PRECISION, UPCAST)
-
-
-@triton.jit
-def _store_total(out, total, owner, owners, first_channel, channels, OWNED: tl.constexpr, DEPTH: tl.constexpr):
-    """Write ``total`` (owner, channel) into ``out`` (channels, owners)."""
-    d = tl.arange(0, DEPTH)
-    i = owner + tl.arange(0, OWNED)
-    pointers = out + tl.cast(first_channel, tl.int64) * owners + d[None, :] * owners + i[:, None]
-    tl.store(pointers, total, mask=(i < owners)[:, None] & (first_channel + d < channels)[None, :])
-
-
-@triton.jit
-def _pairwise_kernel(
-    rows,  # (N, row_pad, channels)
-    columns,  # (N, column_pad, channels)
-    row_targets,  # (N, row_pad, target_channels), or labels (N, row_pad)
-    column_targets,
-    values,  # columns once more, in the layout that the second product wants
-    gradient,  # (splits, N, depth, owners)
-    sums,  # (splits, N, blocks of owners)
-    owners,
-    visits,
-    row_pad,
-    column_pad,
-    channels,
-    target_channels,
-    depth,
-    value_image,
-    value_channel,
-    value_pixel,
-    walk,  # pixels that one split visits
-    depth_blocks,
-    LABELS: tl.constexpr,
-    NEED_GRADIENT: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    OWNED: tl.constexpr,
-    VISITED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """`sum_j |R_ij|` over the owned pixels i, and `sum_j sign(R_ij) c_j` of each, with `R_ij = a_i . c_j - G_ij`.
-
-    A sum of more channels than a program has registers for is divided among programs, each of which forms the signs
-    anew: that costs D more products per pair and block of channels. Keeping the signs and walking over the channels
-    instead would read and write the unfinished sum, OWNED x D, once per tile.
+    Args:
+        op: "derivative_l1" or "softmax_affinity".
+        dtype: of the features.
+        device: where they are.
+        channels: of the features, and of the target (0 for labels) or the logits.
+        reduced: whether float32 products need not be exact.
     """
-    block = tl.program_id(0)
-    split = tl.program_id(1) // depth_blocks
-    depth_block = tl.program_id(1) % depth_blocks
-    n = tl.program_id(2).to(tl.int64)
-    owner = block * OWNED
-    first_channel = depth_block * DEPTH
-
-    row = n * row_pad + owner
-    if LABELS:
-        own_labels = tl.load(row_targets + row + tl.arange(0, OWNED))[:, None]
-    sums_of_rows = tl.zeros((OWNED,), ACCUMULATOR)
-    total = tl.zeros((OWNED, DEPTH), ACCUMULATOR)
-    start = split * walk
-    for visited in range(start, min(start + walk, visits), VISITED):
-        column = n * column_pad + visited
-        if LABELS:
-            labels = tl.load(column_targets + column + tl.arange(0, VISITED))[None, :]
-            tile = tl.where((own_labels == labels) & (own_labels >= 0), -1.0, 0.0).to(ACCUMULATOR)
-        else:
-            tile = -_add_products(
-                tl.zeros((OWNED, VISITED), ACCUMULATOR),
-                row_targets + row * target_channels,
-                column_targets + column * target_channels,
-                target_channels,
-                OWNED,
-                VISITED,
-                CHUNK,
-                PRECISION,
-                UPCAST,
-            )
-        tile = _add_products(
-            tile,
-            rows + row * channels,
-            columns + column * channels,
-            channels,
-            OWNED,
-            VISITED,
-            CHUNK,
-            PRECISION,
-            UPCAST,
-        )
-        sums_of_rows += tl.sum(tl.abs(tile), axis=1)
-        if NEED_GRADIENT:
-            signs = tl.where(tile > 0, 1.0, tl.where(tile < 0, -1.0, 0.0))
-            total = _add_weighted(
-                total,
-                signs,
-                values + n * value_image + tl.cast(visited, tl.int64) * value_pixel,
-                first_channel,
-                depth,
-                value_channel,
-                value_pixel,
-                VISITED,
-                DEPTH,
-                PRECISION,
-                UPCAST,
-            )
-
-    part = split * tl.num_programs(2) + n
-    if depth_block == 0:
-        tl.store(sums + part * tl.num_programs(0) + block, tl.sum(sums_of_rows, axis=0))
-    if NEED_GRADIENT:
-        _store_total(gradient + part * depth * owners, total, owner, owners, first_channel, depth, OWNED, DEPTH)
+    own, other = (padded(c) if c else 0 for c in channels)
+    operands = _operands(dtype, torch.float16 if op == "derivative_l1" else torch.bfloat16, reduced)
+    gpu = _device(device)
+    if dtype == torch.float64 or (dtype == torch.float32 and not (reduced or allows_tf32())):
+        return False
+    if operands.pieces > 1 and not gpu.multiplies_shared_memory:
+        return False
+    try:
+        blocks = choose_blocks(operands, own + other, own + other, own, None, gpu)
+    except TooManyChannelsError:
+        return False
+    return blocks.stages > 1 and works(_index(device))
 
 
-@triton.jit
-def _log_sum_exp_kernel(
-    rows,  # (N, row_pad, channels)
-    columns,  # (N, column_pad, channels)
-    out,  # (splits, N, owners)
-    owners,
-    visits,
-    row_pad,
-    column_pad,
-    channels,
-    walk,
-    ACCUMULATOR: tl.constexpr,
-    OWNED: tl.constexpr,
-    VISITED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """`log sum_j exp(S_ij)` of the owned pixels i over one split of the others; a split is never empty."""
-    block = tl.program_id(0)
-    split = tl.program_id(1)
-    n = tl.program_id(2).to(tl.int64)
-    owner = block * OWNED
-    largest = tl.full((OWNED,), float("-inf"), ACCUMULATOR)
-    total = tl.zeros((OWNED,), ACCUMULATOR)
-    start = split * walk
-    for visited in range(start, min(start + walk, visits), VISITED):
-        S = _add_products(
-            tl.zeros((OWNED, VISITED), ACCUMULATOR),
-            rows + (n * row_pad + owner) * channels,
-            columns + (n * column_pad + visited) * channels,
-            channels,
-            OWNED,
-            VISITED,
-            CHUNK,
-            PRECISION,
-            UPCAST,
-        )
-        S = tl.where((visited + tl.arange(0, VISITED) < visits)[None, :], S, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(S, axis=1))
-        total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(S - new_largest[:, None]), axis=1)
-        largest = new_largest
-    i = owner + tl.arange(0, OWNED)
-    part = split * tl.num_programs(2) + n
-    tl.store(out + part * owners + i, largest + tl.log(total), mask=i < owners)
+@lru_cache
+def works(index: int) -> bool:
+    """Whether the kernels compile on a GPU and are right there for a small problem; else a warning says what is wrong.
 
-
-@triton.jit
-def _softmax_kernel(
-    rows,  # (N, row_pad, channels)
-    columns,  # (N, column_pad, channels)
-    row_carried,  # (N, row_pad, carried_channels), read for the gradient of the similarities only
-    column_carried,
-    lse,  # (N, pad) of the sources
-    shift,  # (N, pad) of the sources, likewise
-    values,
-    out,  # (splits, N, depth, owners)
-    owners,
-    visits,
-    row_pad,
-    column_pad,
-    channels,
-    carried_channels,
-    depth,
-    value_image,
-    value_channel,
-    value_pixel,
-    walk,
-    depth_blocks,
-    SOURCES_OWN: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    OWNED: tl.constexpr,
-    VISITED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """`sum_j W_ij v_j` of the owned pixels i, for `W = P` or, with GRADIENT, `W = P * (L^T G - shift)`.
-
-    P is the softmax over the targets; the owned pixels are its sources (rows) or its targets (columns).
+    Triton needs a C compiler on the machine, for one.
     """
-    block = tl.program_id(0)
-    split = tl.program_id(1) // depth_blocks
-    depth_block = tl.program_id(1) % depth_blocks
-    n = tl.program_id(2).to(tl.int64)
-    owner = block * OWNED
-    first_channel = depth_block * DEPTH
-
-    row = n * row_pad + owner
-    if SOURCES_OWN:
-        row_lse = tl.load(lse + row + tl.arange(0, OWNED))[:, None]
-        if GRADIENT:
-            row_shift = tl.load(shift + row + tl.arange(0, OWNED))[:, None]
-    owned_is_pixel = (owner + tl.arange(0, OWNED) < owners)[:, None]
-    total = tl.zeros((OWNED, DEPTH), ACCUMULATOR)
-    start = split * walk
-    for visited in range(start, min(start + walk, visits), VISITED):
-        column = n * column_pad + visited
-        S = _add_products(
-            tl.zeros((OWNED, VISITED), ACCUMULATOR),
-            rows + row * channels,
-            columns + column * channels,
-            channels,
-            OWNED,
-            VISITED,
-            CHUNK,
-            PRECISION,
-            UPCAST,
+    device = torch.device("cpu") if INTERPRETED else torch.device("cuda", index)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(1, 20, 40, generator=generator).to(device) for _ in range(2))
+    try:
+        results = _small_problem(sys.modules[__name__], x, y, reduced=True)
+        for result, expected in zip(results, _small_problem(dense, x.double(), y.double()), strict=True):
+            error = float((result - expected).abs().max() / expected.abs().max())
+            if not error < 0.02:
+                raise ArithmeticError(f"a small problem came out wrong, by {error:.1e} of its largest entry")
+    except Exception as error:
+        warnings.warn(
+            f"dlprop: the Triton kernels do not work on {device}, so backend='auto' takes the slower tiled ones: "
+            f"{type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
         )
-        # A padded target has similarity 0, which may be far above the log-sum-exp.
-        is_pixel = owned_is_pixel & (visited + tl.arange(0, VISITED) < visits)[None, :]
-        S = tl.where(is_pixel, S, float("-inf"))
-        W = tl.exp(S - (row_lse if SOURCES_OWN else tl.load(lse + column + tl.arange(0, VISITED))[None, :]))
-        if GRADIENT:
-            carried = _add_products(
-                tl.zeros((OWNED, VISITED), ACCUMULATOR),
-                row_carried + row * carried_channels,
-                column_carried + column * carried_channels,
-                carried_channels,
-                OWNED,
-                VISITED,
-                CHUNK,
-                PRECISION,
-                UPCAST,
-            )
-            W *= carried - (row_shift if SOURCES_OWN else tl.load(shift + column + tl.arange(0, VISITED))[None, :])
-        if PRECISION == "tf32":  # rounded, as in `_as_rows`; signs, the other kind of weights, are exact as they are
-            W = tl.where(W == W, ((W.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True), W)
-        total = _add_weighted(
-            total,
-            W,
-            values + n * value_image + tl.cast(visited, tl.int64) * value_pixel,
-            first_channel,
-            depth,
-            value_channel,
-            value_pixel,
-            VISITED,
-            DEPTH,
-            PRECISION,
-            UPCAST,
-        )
-    part = split * tl.num_programs(2) + n
-    _store_total(out + part * depth * owners, total, owner, owners, first_channel, depth, OWNED, DEPTH)
+        return False
+    return True
 
 
-INTERPRETED = not isinstance(_pairwise_kernel, triton.runtime.JITFunction)
+def _small_problem(kernels: Any, x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    out, lse = kernels.softmax_affinity(y, x, y, None, **options)
+    grads = kernels.softmax_affinity_backward(out, y, x, y, lse, None, **options)
+    return *kernels.pairwise_l1(x, y, None, True, **options), out, *grads
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pairwise loss
 
 
-def pairwise_l1(a: Tensor, g: Tensor, tile: int | None, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+def pairwise_l1(
+    a: Tensor, g: Tensor, tile: int | None, need_grad: bool, *, reduced: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """`sum_ij |R_ij|` of every image with `R = a^T a - G`, and its gradient, in one pass over all tiles.
 
-    4 M^2 D operations for value and gradient, and 2 M^2 D more for every further block of channels that the gradient
-    is divided into; memory O(M D). Both halves of the symmetric R are visited, because a program that adds to the
-    gradient of the other half's pixels as well would need atomics.
+    Against features 6 M^2 D operations for value and gradient, against labels 4 M^2 D, times the products of pieces;
+    memory O(M D). Both halves of the symmetric R are visited, because a program that adds to the gradient of the other
+    half's pixels as well would need atomics. Values and gradients are in at least float32. With ``reduced`` float32
+    products have 11 bits whatever torch's setting.
     """
-    loss, grad = _pairwise(a, a, g, g, tile, need_grad)
+    loss, grad = _pairwise(a, a, g, g, tile, need_grad, reduced)
     return loss, None if grad is None else grad.mul_(2)
 
 
 def pairwise_l1_cross(
-    a: Tensor, c: Tensor, g: Tensor, h: Tensor, tile: int | None, need_grad: bool
+    a: Tensor, c: Tensor, g: Tensor, h: Tensor, tile: int | None, need_grad: bool, *, reduced: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`sum_ik |R_ik|` of every image with `R = a^T c - G`, and its gradients in `a` and `c`, a pass for each."""
-    loss, grad_a = _pairwise(a, c, g, h, tile, need_grad)
+    loss, grad_a = _pairwise(a, c, g, h, tile, need_grad, reduced)
     if not need_grad:
         return loss, None, None
-    _, grad_c = _pairwise(c, a, h, g, tile, need_grad)
+    _, grad_c = _pairwise(c, a, h, g, tile, need_grad, reduced)
     return loss, grad_a, grad_c
 
 
 def _pairwise(
-    a: Tensor, c: Tensor, g: Tensor, h: Tensor, tile: int | None, need_grad: bool
+    a: Tensor, c: Tensor, g: Tensor, h: Tensor, tile: int | None, need_grad: bool, reduced: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The sums of `|a_i . c_k - G_ik|` and their gradient in `a` alone."""
     N, D, M = a.shape
-    if N == 0:
-        return a.new_zeros(N), torch.zeros_like(a) if need_grad else None
-    labels = not g.is_floating_point()
-    blocks = _blocks(a.dtype, D if need_grad else 16, tile)
-    rows = _as_rows(a, blocks)
-    columns = rows if c is a else _as_rows(c, blocks)
-    if labels:
-        row_targets = _pad(g, rows.shape[1], -1)
-        column_targets = row_targets if h is g else _pad(h, columns.shape[1], -1)
-    else:
-        row_targets = _as_rows(g.to(a.dtype), blocks)
-        column_targets = row_targets if h is g else _as_rows(h.to(a.dtype), blocks)
-    values = _as_values(c, columns)
     accumulator = _accumulator(a.dtype)
+    if N == 0:
+        return a.new_zeros(N, dtype=accumulator), torch.zeros_like(a, dtype=accumulator) if need_grad else None
+    labels = not g.is_floating_point()
+    channels, target_channels = padded(D), 0 if labels else padded(g.shape[1])
+    operands = _operands(a.dtype, torch.float16, reduced)
+    scale = _headroom(a, c, g, h) if operands.dtype == torch.float16 else a.new_ones(N, dtype=accumulator)
+    pairs = channels + target_channels
+    blocks = choose_blocks(operands, pairs, pairs, channels if need_grad else 0, tile, _device(a.device))
+    rows = _as_rows(a, operands, blocks, scale)
+    columns = rows if c is a else _as_rows(c, operands, blocks, scale)
+    if labels:
+        row_targets = _pad(g, rows.shape[2], -1)
+        column_targets = row_targets if h is g else _pad(h, columns.shape[2], -1)
+    else:
+        row_targets = _as_rows(g.to(a.dtype), operands, blocks, scale)
+        column_targets = row_targets if h is g else _as_rows(h.to(a.dtype), operands, blocks, scale)
     owner_blocks = triton.cdiv(M, blocks.owned)
-    depth_blocks = triton.cdiv(D, blocks.depth) if need_grad else 1
-    walk, splits = _walk(c.shape[2], blocks.visited, owner_blocks * depth_blocks * N, a.device)
+    walk, splits = _walk(c.shape[2], blocks.visited, owner_blocks * N, _device(a.device))
     sums = a.new_empty((splits, N, owner_blocks), dtype=accumulator)
     gradient = a.new_empty((splits, N, D, M) if need_grad else 1, dtype=accumulator)
     _launch(
-        _pairwise_kernel,
-        (owner_blocks, splits * depth_blocks, N),
+        pairwise_kernel,
+        (owner_blocks, splits, N),
+        operands,
         blocks,
-        a.dtype,
         rows,
         columns,
         row_targets,
         column_targets,
-        values,
+        scale * scale,
         gradient,
         sums,
         M,
         c.shape[2],
-        rows.shape[1],
-        columns.shape[1],
         rows.shape[2],
-        1 if labels else row_targets.shape[2],
+        columns.shape[2],
         D,
-        *values.stride(),
         walk,
-        depth_blocks,
         LABELS=labels,
         NEED_GRADIENT=need_grad,
-        DEPTH=blocks.depth,
+        CHANNELS=channels,
+        TARGET_CHANNELS=target_channels,
     )
-    return sums.sum(dim=(0, 2)).to(a.dtype), _sum_of_splits(gradient, a.dtype) if need_grad else None
+    loss = sums.sum(dim=(0, 2)) / (scale * scale)
+    return loss, _sum_of_splits(gradient) / scale[:, None, None] if need_grad else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The softmax affinity
 
 
-def softmax_affinity(logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-    """`L softmax(Q^T K, -1)` and the log-sum-exp of every row: one pass owned by the sources, one by the targets."""
+def softmax_affinity(
+    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, *, reduced: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`L softmax(Q^T K, -1)` and the log-sum-exp of every row: one pass owned by the sources, one by the targets.
+
+    Both are in at least float32. With ``reduced`` float32 products have 16 bits whatever torch's setting.
+    """
     if logits.shape[0] == 0:
-        return logits.new_zeros(0, logits.shape[1], keys.shape[2]), logits.new_zeros(0, queries.shape[2])
-    lse = _log_sum_exp(queries, keys, chunk)
-    out = _softmax(keys, queries, logits, lse, chunk, sources_own=False)
-    return out.to(logits.dtype), lse.to(logits.dtype)
+        dtype = _accumulator(queries.dtype)
+        out = logits.new_zeros(0, logits.shape[1], keys.shape[2], dtype=dtype)
+        return out, queries.new_zeros(0, queries.shape[2], dtype=dtype)
+    operands = _operands(queries.dtype, torch.bfloat16, reduced)
+    lse = _log_sum_exp(queries, keys, chunk, operands)
+    return _softmax(keys, queries, logits, lse, chunk, operands, sources_own=False), lse
 
 
 def softmax_affinity_backward(
@@ -458,6 +253,8 @@ def softmax_affinity_backward(
     chunk: int | None,
     need_queries: bool = True,
     need_keys: bool = True,
+    *,
+    reduced: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of `softmax_affinity`: the probabilities are formed again from the log-sum-exp, for each gradient.
 
@@ -465,43 +262,43 @@ def softmax_affinity_backward(
     """
     if logits.shape[0] == 0:
         return torch.zeros_like(logits), torch.zeros_like(queries), torch.zeros_like(keys)
-    if lse.dtype.itemsize < 4:
-        lse = _log_sum_exp(queries, keys, chunk)  # rounded to half precision it would put P off by per cents
-    carried = _softmax(queries, keys, grad, lse, chunk, sources_own=True)
+    operands = _operands(queries.dtype, torch.bfloat16, reduced)
+    carried = _softmax(queries, keys, grad, lse, chunk, operands, sources_own=True)
     shift = (logits * carried).sum(dim=1)
     grad_queries = grad_keys = None
     if need_queries:
         pairs = logits, grad, shift
-        grad_queries = _softmax(queries, keys, keys, lse, chunk, sources_own=True, pairs=pairs).to(queries.dtype)
+        grad_queries = _softmax(queries, keys, keys, lse, chunk, operands, sources_own=True, pairs=pairs)
     if need_keys:
         pairs = grad, logits, shift
-        grad_keys = _softmax(keys, queries, queries, lse, chunk, sources_own=False, pairs=pairs).to(keys.dtype)
-    return carried.to(logits.dtype), grad_queries, grad_keys
+        grad_keys = _softmax(keys, queries, queries, lse, chunk, operands, sources_own=False, pairs=pairs)
+    return carried, grad_queries, grad_keys
 
 
-def _log_sum_exp(queries: Tensor, keys: Tensor, chunk: int | None) -> Tensor:
+def _log_sum_exp(queries: Tensor, keys: Tensor, chunk: int | None, operands: Operands) -> Tensor:
     """(N, M), in at least float32."""
-    N, _, M = queries.shape
-    blocks = _blocks(queries.dtype, 16, chunk)
-    rows = _as_rows(queries, blocks)
-    columns = _as_rows(keys, blocks)
+    N, D, M = queries.shape
+    channels = padded(D)
+    blocks = choose_blocks(operands, channels, channels, 0, chunk, _device(queries.device))
+    rows = _as_rows(queries, operands, blocks)
+    columns = _as_rows(keys, operands, blocks)
     owner_blocks = triton.cdiv(M, blocks.owned)
-    walk, splits = _walk(keys.shape[2], blocks.visited, owner_blocks * N, queries.device)
+    walk, splits = _walk(keys.shape[2], blocks.visited, owner_blocks * N, _device(queries.device))
     out = queries.new_empty((splits, N, M), dtype=_accumulator(queries.dtype))
     _launch(
-        _log_sum_exp_kernel,
+        log_sum_exp_kernel,
         (owner_blocks, splits, N),
+        operands,
         blocks,
-        queries.dtype,
         rows,
         columns,
         out,
         M,
         keys.shape[2],
-        rows.shape[1],
-        columns.shape[1],
         rows.shape[2],
+        columns.shape[2],
         walk,
+        CHANNELS=channels,
     )
     return out[0] if splits == 1 else out.logsumexp(dim=0)
 
@@ -512,36 +309,37 @@ def _softmax(
     v: Tensor,
     lse: Tensor,
     chunk: int | None,
+    operands: Operands,
     *,
     sources_own: bool,
     pairs: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`sum_j W_ij v_j` of every pixel i of ``x``, over the pixels j of ``y``, in at least float32."""
-    N, _, M = x.shape
-    D = v.shape[1]
-    blocks = _blocks(x.dtype, D, chunk)
-    rows = _as_rows(x, blocks)
-    columns = _as_rows(y, blocks)
+    N, D, M = x.shape
+    channels, value_channels = padded(D), padded(v.shape[1])
+    carried_channels = 0 if pairs is None else padded(pairs[0].shape[1])
+    held = channels + carried_channels
+    passing = held if v is y else held + value_channels
+    blocks = choose_blocks(operands, held, passing, value_channels, chunk, _device(x.device))
+    rows = _as_rows(x, operands, blocks)
+    columns = _as_rows(y, operands, blocks)
+    values = columns if v is y else _as_rows(v.to(x.dtype), operands, blocks)
     sources = rows if sources_own else columns
-    lse = _pad(lse, sources.shape[1], float("inf"))
+    lse = _pad(lse, sources.shape[2], float("inf"))
     if pairs is None:
-        row_carried, column_carried, shift, carried_channels = rows, columns, lse, 0
+        row_carried, column_carried, shift = rows, columns, lse
     else:
-        row_carried = _as_rows(pairs[0].to(x.dtype), blocks)
-        column_carried = _as_rows(pairs[1].to(x.dtype), blocks)
-        shift = _pad(pairs[2], sources.shape[1], 0)
-        carried_channels = row_carried.shape[2]
-    v = v.to(x.dtype)
-    values = _as_values(v, columns if v is y else _as_rows(v, blocks))
+        row_carried = _as_rows(pairs[0].to(x.dtype), operands, blocks)
+        column_carried = _as_rows(pairs[1].to(x.dtype), operands, blocks)
+        shift = _pad(pairs[2], sources.shape[2], 0)
     owner_blocks = triton.cdiv(M, blocks.owned)
-    depth_blocks = triton.cdiv(D, blocks.depth)
-    walk, splits = _walk(y.shape[2], blocks.visited, owner_blocks * depth_blocks * N, x.device)
-    out = x.new_empty((splits, N, D, M), dtype=_accumulator(x.dtype))
+    walk, splits = _walk(y.shape[2], blocks.visited, owner_blocks * N, _device(x.device))
+    out = x.new_empty((splits, N, v.shape[1], M), dtype=_accumulator(x.dtype))
     _launch(
-        _softmax_kernel,
-        (owner_blocks, splits * depth_blocks, N),
+        softmax_kernel,
+        (owner_blocks, splits, N),
+        operands,
         blocks,
-        x.dtype,
         rows,
         columns,
         row_carried,
@@ -552,84 +350,114 @@ def _softmax(
         out,
         M,
         y.shape[2],
-        rows.shape[1],
-        columns.shape[1],
         rows.shape[2],
-        carried_channels,
-        D,
-        *values.stride(),
+        columns.shape[2],
+        v.shape[1],
         walk,
-        depth_blocks,
         SOURCES_OWN=sources_own,
         GRADIENT=pairs is not None,
-        DEPTH=blocks.depth,
+        COLUMNS_ARE_VALUES=v is y,
+        CHANNELS=channels,
+        CARRIED_CHANNELS=carried_channels,
+        VALUE_CHANNELS=value_channels,
     )
-    return _sum_of_splits(out, out.dtype)
+    return _sum_of_splits(out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layouts and launches
 
 
-def _blocks(dtype: torch.dtype, depth: int, tile: int | None) -> Blocks:
-    """The block sizes for sums over ``depth`` channels; ``tile`` makes them smaller, never larger.
+def _operands(dtype: torch.dtype, piece: torch.dtype, reduced: bool) -> Operands:
+    """How numbers of ``dtype`` are multiplied: float32 in pieces, fewer if products may be ``reduced``."""
+    if dtype != torch.float32:
+        return Operands(dtype, 1)
+    fewer = reduced or allows_tf32()
+    return Operands(piece, (1 if fewer else 2) if piece == torch.float16 else (2 if fewer else 3))
 
-    Registers bound them: the sum takes owned * depth of the 64 Ki words of a multiprocessor and the tile
-    owned * visited, twice as much in float64, and a block of values, visited * depth, passes through registers too.
-    With these sizes at most 80 KiB of shared memory hold `stages` chunks of both blocks of pixels and one block of
-    values. Compiled for compute capability 9.0 at most 16 bytes a thread spill from registers; for 8.0 up to 284, in
-    TF32 sums of 256 channels. Twice the owned pixels at that depth would spill hundreds of bytes on both.
+
+def allows_tf32() -> bool:
+    """Whether torch's own float32 products on CUDA may have the 11 bits of TF32."""
+    # The newer of torch's two settings first: once it has been used, reading the older one may raise.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.get_float32_matmul_precision() != "highest" if setting is None else bool(setting == "tf32")
+
+
+def _headroom(*tensors: Tensor) -> Tensor:
+    """The power of two of every image, (N,), that lifts its largest feature among ``tensors`` to [2^14, 2^15).
+
+    It is at most 2^40, because equal labels are compared with its square, and as many of these as there are pairs must
+    not overflow; and 1 for an image that is not finite, whose results are not in any scale.
     """
-    depth = max(16, triton.next_power_of_2(depth))
-    if dtype == torch.float64:
-        blocks = Blocks(owned=32, visited=32, chunk=16, depth=min(depth, 64), warps=4, stages=2)
-    elif dtype == torch.float32 and _precision(dtype) == "ieee":
-        # No tensor cores: operands are held by each thread, in more registers than the fragments of a matrix product.
-        blocks = Blocks(owned=128, visited=32, chunk=16, depth=min(depth, 128), warps=8, stages=2)
-    else:
-        chunk = 128 // dtype.itemsize  # 128 bytes, one line of the cache and of swizzled shared memory
-        owned = 128 if depth <= 128 else 64
-        blocks = Blocks(owned, visited=64, chunk=chunk, depth=min(depth, 256), warps=8, stages=3)
-    if tile is None:
-        return blocks
-    tile = max(16, triton.next_power_of_2(tile))
-    return blocks._replace(owned=min(tile, blocks.owned), visited=min(tile, blocks.visited))
+    largest = torch.stack([x.float().abs().amax(dim=(1, 2)) for x in tensors if x.is_floating_point()]).amax(dim=0)
+    exponent = (largest.view(torch.int32) >> 23) - 127
+    bits = ((14 - exponent).clamp(-126, 40) + 127) << 23  # exact on every device, which pow need not be
+    return torch.where(largest.isfinite(), bits.view(torch.float32), 1.0)
 
 
-def _walk(pixels: int, visited: int, programs: int, device: torch.device) -> tuple[int, int]:
+def choose_blocks(operands: Operands, held: int, passing: int, summed: int, tile: int | None, device: Device) -> Blocks:
+    """The first of `BLOCKS` that fits; ``tile`` makes blocks smaller, never larger.
+
+    Args:
+        operands: how numbers are handed to the kernel.
+        held: channels of an owned pixel in shared memory.
+        passing: channels of a visited pixel.
+        summed: channels of the sum.
+        tile: the largest block of pixels, None for any.
+        device: where it must fit.
+
+    Raises:
+        TooManyChannelsError: if no blocks fit.
+    """
+    limit = 128 if tile is None else max(16, triton.next_power_of_2(tile))
+    size = operands.dtype.itemsize
+    words = 2 if operands.dtype == torch.float64 else 1
+    for blocks in BLOCKS:
+        if max(blocks.owned, blocks.visited) > limit or blocks.owned * summed * words > SUM_WORDS:
+            continue
+        # Where tensor cores read registers, what is fetched in a single stage passes through memory twice.
+        copies = blocks.stages if device.multiplies_shared_memory else 2
+        pixels = blocks.owned * held + blocks.visited * passing * copies
+        weights = blocks.owned * blocks.visited
+        if (pixels * operands.pieces + weights) * size <= device.shared_memory:
+            return blocks
+    raise TooManyChannelsError(
+        f"backend='triton' cannot run here: its blocks of pixels hold {held} channels (padded to powers of two) of "
+        f"{operands.pieces} x {size} bytes in shared memory, of which {device.shared_memory >> 10} KiB are there; use "
+        "backend='auto'"
+    )
+
+
+def _walk(pixels: int, visited: int, programs: int, device: Device) -> tuple[int, int]:
     """How many pixels a program visits, and by how many programs each walk is shared.
 
     Few owned blocks would leave most of the GPU idle, so their walks are split, and torch adds the parts in order.
     """
-    if INTERPRETED:
-        wanted = INTERPRETED_PROGRAMS
-    else:
-        wanted = PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
     steps = triton.cdiv(pixels, visited)
-    steps_of_one = triton.cdiv(steps, min(steps, triton.cdiv(wanted, programs)))
+    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * device.processors, programs)
+    steps_of_one = triton.cdiv(steps, min(steps, wanted))
     return steps_of_one * visited, triton.cdiv(steps, steps_of_one)
 
 
-def _as_rows(x: Tensor, blocks: Blocks) -> Tensor:
-    """``x`` (N, D, M) as contiguous (N, M, D), padded to whole blocks, of owned as well as of visited pixels."""
+def _as_rows(x: Tensor, operands: Operands, blocks: Blocks, scale: Tensor | None = None) -> Tensor:
+    """``x`` (N, D, M) as (pieces, N, M, D), padded with zeros to whole blocks of pixels and a power of two channels.
+
+    Every image is multiplied by its ``scale``, (N,).
+    """
     N, D, M = x.shape
     pixels = max(blocks.owned, blocks.visited)
-    rows = x.new_zeros(N, triton.cdiv(M, pixels) * pixels, triton.cdiv(D, blocks.chunk) * blocks.chunk)
-    rows[:, :M, :D] = x.mT
-    if _precision(x.dtype) == "tf32":
-        # Rounded here, because the tensor cores would cut: features are often all positive, so that would be a bias.
-        bits = rows.view(torch.int32).add(0x1000).bitwise_and_(-0x2000)
-        rows = torch.where(rows.isnan(), rows, bits.view(torch.float32))  # the sum may carry a NaN over to 0
+    shape = operands.pieces, N, triton.cdiv(M, pixels) * pixels, padded(D)
+    rows = x.new_zeros(shape, dtype=operands.dtype)
+    rest = x.mT if scale is None else x.mT * scale[:, None, None]
+    for piece in rows[:, :, :M, :D]:
+        piece.copy_(rest)
+        if operands.pieces > 1:
+            rest = (rest - piece.to(x.dtype)).nan_to_num_(0, 0, 0)  # the first piece alone carries inf and NaN
     return rows
 
 
-def _as_values(x: Tensor, rows: Tensor) -> Tensor:
-    """``rows`` of ``x`` as (N, D, M): with contiguous pixels in float32, the sum's index, as tensor cores want it.
-
-    They read half precision in either order, and a view of the rows will do.
-    """
-    values = rows.mT[:, : x.shape[1]]
-    return values if x.dtype.itemsize < 4 else values.contiguous()
+def padded(channels: int) -> int:
+    return max(16, int(triton.next_power_of_2(channels)))
 
 
 def _pad(x: Tensor, size: int, value: float) -> Tensor:
@@ -639,39 +467,46 @@ def _pad(x: Tensor, size: int, value: float) -> Tensor:
     return padded
 
 
-def _sum_of_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    return (parts[0] if parts.shape[0] == 1 else parts.sum(dim=0)).to(dtype)
+def _sum_of_splits(parts: Tensor) -> Tensor:
+    return parts[0] if parts.shape[0] == 1 else parts.sum(dim=0)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: "tf32" where torch's own products on CUDA are allowed to be, else "ieee"."""
-    if dtype != torch.float32:
-        return "ieee"
-    # The newer of torch's two settings first: once it has been used, reading the older one may raise.
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    if setting is None:
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return "tf32" if setting == "tf32" else "ieee"
+def _device(device: torch.device) -> Device:
+    return INTERPRETER if INTERPRETED else _gpu(_index(device))
+
+
+def _index(device: torch.device) -> int:
+    if device.index is not None:
+        return device.index
+    return int(torch.cuda.current_device()) if device.type == "cuda" else 0
+
+
+@lru_cache
+def _gpu(index: int) -> Device:
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Device(10 * major + minor, properties["max_shared_mem"], properties["multiprocessor_count"])
 
 
 def _launch(
-    kernel: Any, grid: tuple[int, int, int], blocks: Blocks, dtype: torch.dtype, *args: Any, **constants: Any
+    kernel: Any, grid: tuple[int, int, int], operands: Operands, blocks: Blocks, *args: Any, **constants: Any
 ) -> None:
     with torch.cuda.device_of(args[0]):
-        kernel[grid](
-            *args,
-            ACCUMULATOR=tl.float64 if dtype == torch.float64 else tl.float32,
-            OWNED=blocks.owned,
-            VISITED=blocks.visited,
-            CHUNK=blocks.chunk,
-            PRECISION=_precision(dtype),
-            UPCAST=INTERPRETED and dtype == torch.bfloat16,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-            enable_fp_fusion=True,  # where there are no tensor cores, a product is a chain of fused multiply-adds
-            **constants,
-        )
+        kernel[grid](*args, **options(operands, blocks), **constants)
+
+
+def options(operands: Operands, blocks: Blocks) -> dict[str, Any]:
+    """What every kernel is compiled with."""
+    return {
+        "OWNED": blocks.owned,
+        "VISITED": blocks.visited,
+        "PIECES": operands.pieces,
+        "ACCUMULATOR": tl.float64 if operands.dtype == torch.float64 else tl.float32,
+        "UPCAST": INTERPRETED and operands.dtype == torch.bfloat16,
+        "num_warps": 8 if blocks.owned >= 64 else 4,
+        "num_stages": blocks.stages,
+    }

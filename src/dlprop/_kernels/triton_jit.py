@@ -1,0 +1,268 @@
+"""Device code of the Triton kernels; `triton.py` lays out their inputs and launches them.
+
+A program owns a block of pixels and keeps their channels in shared memory. It walks over blocks of other pixels, forms
+the tile of similarities in registers, turns it into weights (the signs of the residuals, or softmax probabilities) and
+multiplies these into a sum of its own. No two programs write to one place, so a result is the same every time.
+
+Pixels are rows, padded with zeros to whole blocks and to CHANNELS, a power of two, so that loads need no masks. A
+number is a sum of PIECES, largest first; a product of two numbers is the sum of those products of pieces that are not
+below the error of the smallest piece. Products are accumulated in float32 (float64 for float64).
+"""
+
+# No annotations as strings here: the compiler reads `tl.constexpr` off them.
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dot(x, y, total, UPCAST: tl.constexpr):
+    if UPCAST:  # the interpreter holds bfloat16 as integers and would multiply those
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, total, input_precision="ieee")
+
+
+@triton.jit
+def _block(pixels, first, SIZE: tl.constexpr, CHANNELS: tl.constexpr):
+    """(SIZE, CHANNELS) of ``pixels`` from pixel ``first`` on, a 64-bit number; offsets in a block fit 32 bits."""
+    offsets = tl.arange(0, SIZE)[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    return tl.load(pixels + first * CHANNELS + offsets)
+
+
+@triton.jit
+def _pieces(pixels, first, step, SIZE: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr):
+    """The three pieces of a block, ``step`` pixels apart in memory; the first again for those that do not exist."""
+    x = _block(pixels, first, SIZE, CHANNELS)
+    y = x
+    z = x
+    if PIECES > 1:
+        y = _block(pixels, first + step, SIZE, CHANNELS)
+    if PIECES > 2:
+        z = _block(pixels, first + 2 * step, SIZE, CHANNELS)
+    return x, y, z
+
+
+@triton.jit
+def _similarities(a0, a1, a2, c0, c1, c2, ACCUMULATOR: tl.constexpr, PIECES: tl.constexpr, UPCAST: tl.constexpr):
+    """`a_i . c_j`, smallest products first."""
+    tile = tl.zeros((a0.shape[0], c0.shape[0]), ACCUMULATOR)
+    if PIECES > 2:
+        tile = _dot(a2, tl.trans(c0), tile, UPCAST)
+        tile = _dot(a1, tl.trans(c1), tile, UPCAST)
+        tile = _dot(a0, tl.trans(c2), tile, UPCAST)
+    if PIECES > 1:
+        tile = _dot(a1, tl.trans(c0), tile, UPCAST)
+        tile = _dot(a0, tl.trans(c1), tile, UPCAST)
+    return _dot(a0, tl.trans(c0), tile, UPCAST)
+
+
+@triton.jit
+def _add_signed(total, signs, v0, v1, v2, PIECES: tl.constexpr, UPCAST: tl.constexpr):
+    """`total_id + sum_j signs_ij v_jd`; signs are exact in every dtype."""
+    signs = signs.to(v0.dtype)
+    if PIECES > 2:
+        total = _dot(signs, v2, total, UPCAST)
+    if PIECES > 1:
+        total = _dot(signs, v1, total, UPCAST)
+    return _dot(signs, v0, total, UPCAST)
+
+
+@triton.jit
+def _add_weighted(total, weights, v0, v1, v2, PIECES: tl.constexpr, UPCAST: tl.constexpr):
+    """`total_id + sum_j weights_ij v_jd`, the weights split into pieces as well."""
+    w0 = weights.to(v0.dtype)
+    if PIECES > 1:
+        rest = weights - w0.to(tl.float32)
+        w1 = rest.to(v0.dtype)
+        if PIECES > 2:
+            w2 = (rest - w1.to(tl.float32)).to(v0.dtype)
+            total = _dot(w2, v0, total, UPCAST)
+            total = _dot(w1, v1, total, UPCAST)
+            total = _dot(w0, v2, total, UPCAST)
+        total = _dot(w1, v0, total, UPCAST)
+        total = _dot(w0, v1, total, UPCAST)
+    return _dot(w0, v0, total, UPCAST)
+
+
+@triton.jit
+def _store_total(out, total, owner, owners, channels):
+    """Write ``total`` (owner, channel) into ``out`` (channels, owners)."""
+    d = tl.arange(0, total.shape[1])[None, :]
+    i = owner + tl.arange(0, total.shape[0])[:, None]
+    tl.store(out + d.to(tl.int64) * owners + i, total, mask=(i < owners) & (d < channels))
+
+
+@triton.jit
+def pairwise_kernel(
+    rows,  # (PIECES, N, row_pad, CHANNELS)
+    columns,  # (PIECES, N, column_pad, CHANNELS)
+    row_targets,  # (PIECES, N, row_pad, TARGET_CHANNELS), or labels (N, row_pad)
+    column_targets,
+    one,  # (N,), the similarity of equal labels in the scale of the features
+    gradient,  # (splits, N, channels, owners)
+    sums,  # (splits, N, blocks of owners)
+    owners,
+    visits,
+    row_pad,
+    column_pad,
+    channels,  # of which CHANNELS - channels are padding
+    walk,  # pixels that one split visits
+    LABELS: tl.constexpr,
+    NEED_GRADIENT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TARGET_CHANNELS: tl.constexpr,
+    OWNED: tl.constexpr,
+    VISITED: tl.constexpr,
+    PIECES: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """`sum_j |R_ij|` over the owned pixels i, and `sum_j sign(R_ij) c_j` of each, with `R_ij = a_i . c_j - G_ij`."""
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    n = tl.program_id(2).to(tl.int64)
+    row_step = tl.num_programs(2).to(tl.int64) * row_pad
+    column_step = tl.num_programs(2).to(tl.int64) * column_pad
+    owner = block * OWNED
+    row = n * row_pad + owner
+
+    a0, a1, a2 = _pieces(rows, row, row_step, OWNED, CHANNELS, PIECES)
+    if LABELS:
+        own_labels = tl.load(row_targets + row + tl.arange(0, OWNED))[:, None]
+        same = tl.load(one + n)
+    else:
+        g0, g1, g2 = _pieces(row_targets, row, row_step, OWNED, TARGET_CHANNELS, PIECES)
+    sums_of_rows = tl.zeros((OWNED,), ACCUMULATOR)
+    total = tl.zeros((OWNED, CHANNELS), ACCUMULATOR)
+    start = split * walk
+    for visited in range(start, min(start + walk, visits), VISITED):
+        column = n * column_pad + visited
+        c0, c1, c2 = _pieces(columns, column, column_step, VISITED, CHANNELS, PIECES)
+        R = _similarities(a0, a1, a2, c0, c1, c2, ACCUMULATOR, PIECES, UPCAST)
+        if LABELS:
+            labels = tl.load(column_targets + column + tl.arange(0, VISITED))[None, :]
+            R -= tl.where((own_labels == labels) & (own_labels >= 0), same, 0.0)
+        else:
+            h0, h1, h2 = _pieces(column_targets, column, column_step, VISITED, TARGET_CHANNELS, PIECES)
+            R -= _similarities(g0, g1, g2, h0, h1, h2, ACCUMULATOR, PIECES, UPCAST)
+        sums_of_rows += tl.sum(tl.abs(R), axis=1)
+        if NEED_GRADIENT:
+            signs = tl.where(R > 0, 1.0, tl.where(R < 0, -1.0, 0.0))
+            total = _add_signed(total, signs, c0, c1, c2, PIECES, UPCAST)
+
+    part = split * tl.num_programs(2) + n
+    tl.store(sums + part * tl.num_programs(0) + block, tl.sum(sums_of_rows, axis=0))
+    if NEED_GRADIENT:
+        _store_total(gradient + part * channels * owners, total, owner, owners, channels)
+
+
+@triton.jit
+def log_sum_exp_kernel(
+    rows,  # (PIECES, N, row_pad, CHANNELS)
+    columns,  # (PIECES, N, column_pad, CHANNELS)
+    out,  # (splits, N, owners)
+    owners,
+    visits,
+    row_pad,
+    column_pad,
+    walk,
+    CHANNELS: tl.constexpr,
+    OWNED: tl.constexpr,
+    VISITED: tl.constexpr,
+    PIECES: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """`log sum_j exp(S_ij)` of the owned pixels i over one split of the others; a split is never empty."""
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    n = tl.program_id(2).to(tl.int64)
+    row_step = tl.num_programs(2).to(tl.int64) * row_pad
+    column_step = tl.num_programs(2).to(tl.int64) * column_pad
+    owner = block * OWNED
+
+    a0, a1, a2 = _pieces(rows, n * row_pad + owner, row_step, OWNED, CHANNELS, PIECES)
+    largest = tl.full((OWNED,), float("-inf"), ACCUMULATOR)
+    total = tl.zeros((OWNED,), ACCUMULATOR)
+    start = split * walk
+    for visited in range(start, min(start + walk, visits), VISITED):
+        c0, c1, c2 = _pieces(columns, n * column_pad + visited, column_step, VISITED, CHANNELS, PIECES)
+        S = _similarities(a0, a1, a2, c0, c1, c2, ACCUMULATOR, PIECES, UPCAST)
+        S = tl.where((visited + tl.arange(0, VISITED) < visits)[None, :], S, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(S, axis=1))
+        total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(S - new_largest[:, None]), axis=1)
+        largest = new_largest
+    i = owner + tl.arange(0, OWNED)
+    part = split * tl.num_programs(2) + n
+    tl.store(out + part * owners + i, largest + tl.log(total), mask=i < owners)
+
+
+@triton.jit
+def softmax_kernel(
+    rows,  # (PIECES, N, row_pad, CHANNELS)
+    columns,  # (PIECES, N, column_pad, CHANNELS)
+    row_carried,  # (PIECES, N, row_pad, CARRIED_CHANNELS), read for the gradient of the similarities only
+    column_carried,
+    lse,  # (N, pad) of the sources
+    shift,  # (N, pad) of the sources, likewise
+    values,  # (PIECES, N, column_pad, VALUE_CHANNELS), unless they are the columns
+    out,  # (splits, N, channels, owners)
+    owners,
+    visits,
+    row_pad,
+    column_pad,
+    channels,  # of the values
+    walk,
+    SOURCES_OWN: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    COLUMNS_ARE_VALUES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    CARRIED_CHANNELS: tl.constexpr,
+    VALUE_CHANNELS: tl.constexpr,
+    OWNED: tl.constexpr,
+    VISITED: tl.constexpr,
+    PIECES: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """`sum_j W_ij v_j` of the owned pixels i, for `W = P` or, with GRADIENT, `W = P * (L^T G - shift)`.
+
+    P is the softmax over the targets; the owned pixels are its sources (rows) or its targets (columns).
+    """
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    n = tl.program_id(2).to(tl.int64)
+    row_step = tl.num_programs(2).to(tl.int64) * row_pad
+    column_step = tl.num_programs(2).to(tl.int64) * column_pad
+    owner = block * OWNED
+    row = n * row_pad + owner
+
+    a0, a1, a2 = _pieces(rows, row, row_step, OWNED, CHANNELS, PIECES)
+    if SOURCES_OWN:
+        row_lse = tl.load(lse + row + tl.arange(0, OWNED))[:, None]
+    if GRADIENT:
+        b0, b1, b2 = _pieces(row_carried, row, row_step, OWNED, CARRIED_CHANNELS, PIECES)
+        if SOURCES_OWN:
+            row_shift = tl.load(shift + row + tl.arange(0, OWNED))[:, None]
+    owned_is_pixel = (owner + tl.arange(0, OWNED) < owners)[:, None]
+    total = tl.zeros((OWNED, VALUE_CHANNELS), ACCUMULATOR)
+    start = split * walk
+    for visited in range(start, min(start + walk, visits), VISITED):
+        column = n * column_pad + visited
+        c0, c1, c2 = _pieces(columns, column, column_step, VISITED, CHANNELS, PIECES)
+        S = _similarities(a0, a1, a2, c0, c1, c2, ACCUMULATOR, PIECES, UPCAST)
+        # A padded target has similarity 0, which may be far above the log-sum-exp.
+        is_pixel = owned_is_pixel & (visited + tl.arange(0, VISITED) < visits)[None, :]
+        S = tl.where(is_pixel, S, float("-inf"))
+        W = tl.exp(S - (row_lse if SOURCES_OWN else tl.load(lse + column + tl.arange(0, VISITED))[None, :]))
+        if GRADIENT:
+            d0, d1, d2 = _pieces(column_carried, column, column_step, VISITED, CARRIED_CHANNELS, PIECES)
+            carried = _similarities(b0, b1, b2, d0, d1, d2, ACCUMULATOR, PIECES, UPCAST)
+            W *= carried - (row_shift if SOURCES_OWN else tl.load(shift + column + tl.arange(0, VISITED))[None, :])
+        if COLUMNS_ARE_VALUES:
+            total = _add_weighted(total, W, c0, c1, c2, PIECES, UPCAST)
+        else:
+            v0, v1, v2 = _pieces(values, column, column_step, VISITED, VALUE_CHANNELS, PIECES)
+            total = _add_weighted(total, W, v0, v1, v2, PIECES, UPCAST)
+    part = split * tl.num_programs(2) + n
+    _store_total(out + part * channels * owners, total, owner, owners, channels)
