@@ -26,7 +26,13 @@ SUBJECTS = {
     "loss against labels": (partial(builders.loss_labelled, **PLAIN), ("value", "gradient")),
     "squared loss": (partial(builders.loss_frobenius, **PLAIN), ("value", "gradient")),
 }
-REDUCED = ("matmul precision medium", "autocast bfloat16")  # float32 with products in less
+# Float32 with products in another precision than that of the run; which of them there are depends on the device.
+PRECISIONS = (
+    "autocast bfloat16",
+    "matmul precision medium",
+    "matmul precision highest",
+    "matmul precision highest, triton",
+)
 EDGES = {"quick": (17, 33), "full": (17, 41, 81)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,7 +45,8 @@ def run(device: str, mode: str) -> dict[str, Any]:
             problem = Problem(edge, edge, dtype=dtype, device=device)
             variants = build(problem)
             if build is LOSS and dtype == torch.float32:
-                variants |= {name: builders.precision(problem, **PLAIN)[name] for name in REDUCED}
+                precisions = builders.precision(problem, **PLAIN)
+                variants |= {name: variant for name, variant in precisions.items() if name in PRECISIONS}
             reference = _reference(build(replace(problem, dtype=torch.float64, drawn=dtype)))
             rows += _rows({"subject": subject, "pixels": problem.M}, variants, reference, results, dtype)
     return {"title": "error against float64", "group": "accuracy", "run": machine.provenance(mode), "rows": rows}
@@ -61,7 +68,7 @@ def _rows(
             found = built.run()
         except UnavailableError:
             continue
-        except RuntimeError as error:  # a dtype that a formula does not have on this device
+        except (RuntimeError, ValueError) as error:  # a dtype that a formula or backend does not have on this device
             rows.append(facts | {"result": names[0], "status": "failed", "note": str(error).splitlines()[0][:200]})
             continue
         for name, x, y in zip(names, found, reference, strict=True):
@@ -78,7 +85,7 @@ def _reference(variants: Variants) -> tuple[Tensor, ...]:
 def _is_compared(variant: str, kind: str, dtype: torch.dtype) -> bool:
     if "compiled" in variant or variant == "KeOps":
         return False
-    return kind == "ours" or variant in REDUCED or (kind == "equivalent" and dtype == torch.float32)
+    return kind == "ours" or variant in PRECISIONS or (kind == "equivalent" and dtype == torch.float32)
 
 
 def errors(x: Tensor, y: Tensor) -> dict[str, Any]:

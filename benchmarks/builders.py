@@ -25,6 +25,11 @@ def backends(p: Problem, make: Callable[[str], Variant]) -> Variants:
     return {"dlprop": make("auto"), **{f"dlprop {name}": make(name) for name in names}}
 
 
+def in_tensor_cores(p: Problem, backend: str) -> bool:
+    """Whether the Triton kernels do the work: on a GPU the suite allows TF32, and "auto" takes them."""
+    return backend == "triton" or (backend == "auto" and p.device == "cuda")
+
+
 def propagation(p: Problem) -> Variants:
     """Eq. 4, forward."""
     logits, feats = p.logits(), p.features()
@@ -99,11 +104,14 @@ def loss_consistency(p: Problem, *, eta: float = 0.5, scale: float | None = None
     feats, view = p.features().requires_grad_(), p.features(5)
     pairs, e = p.n * p.M**2, p.element
     once = Work(8 * pairs * p.D, e * p.n * p.M * p.D * 8, 4 * e * p.n * p.M * p.D)
+    # Without the symmetry of the similarities, which the Triton kernels do not use.
+    both_halves = Work(12 * pairs * p.D, once.traffic, 2 * once.peak, in_half=True)
     autograd = Work(16 * pairs * p.D, 0, 6 * e * pairs)
 
     def ours(backend: str) -> Variant:
         loss = DerivativeLoss(eta=eta, backend=backend)  # type: ignore[arg-type]
         work = Work(12 * pairs * p.D, 0, 4 * e * pairs) if backend == "dense" else once
+        work = both_halves if in_tensor_cores(p, backend) else work
         return Variant(forward_backward(lambda: loss(feats, view), feats, scale=scale), "ours", work)
 
     compiled_loss = compiled(beside.dense_loss)
@@ -128,15 +136,14 @@ def loss_labelled(p: Problem, *, signed: bool = False, eta: float = 0.5, scale: 
     pairs, e = p.n * p.M**2, p.element
     # Non-negative features have order 0 in closed form; every other order takes 3 M^2 D.
     once = Work(3 * (2 if signed else 1) * pairs * p.D, e * p.n * p.M * p.D * 6, 4 * e * p.n * p.M * p.D)
+    both_halves = Work(8 * pairs * p.D, once.traffic, 2 * once.peak, in_half=True)
     autograd = Work(12 * pairs * p.D, 0, 6 * e * pairs)
 
     def ours(backend: str) -> Variant:
         loss = DerivativeLoss(eta=eta, backend=backend)  # type: ignore[arg-type]
-        return Variant(
-            forward_backward(lambda: loss(feats, labels), feats, scale=scale),
-            "ours",
-            autograd if backend == "dense" else once,
-        )
+        work = autograd if backend == "dense" else once
+        work = both_halves if in_tensor_cores(p, backend) else work
+        return Variant(forward_backward(lambda: loss(feats, labels), feats, scale=scale), "ours", work)
 
     compiled_loss = compiled(beside.dense_labelled_loss)
     return backends(p, ours) | {
@@ -192,6 +199,8 @@ def softmax(p: Problem) -> Variants:
     logits, feats, grad = p.logits(), p.features().requires_grad_(), p.logits(4)
     pairs, e = p.n * p.M**2, p.element
     streamed = Work(8 * pairs * (p.D + p.C), e * p.n * p.M * p.D * 8, (64 << 20) + 6 * e * p.n * p.M * p.D)
+    # Two pieces a number make three products of each; the probabilities are formed four times, and once more their sum.
+    in_pieces = Work(6 * pairs * (7 * p.D + 4 * p.C), streamed.traffic, streamed.peak, in_half=True)
     autograd = Work(pairs * (12 * p.D + 6 * p.C), 0, 5 * e * pairs)
 
     def step(function: Callable[[Tensor, Tensor], Tensor]) -> Any:
@@ -199,7 +208,8 @@ def softmax(p: Problem) -> Variants:
 
     def ours(backend: str) -> Variant:
         propagate = DerivativeLabelPropagation(affinity="softmax", backend=backend)  # type: ignore[arg-type]
-        return Variant(step(propagate), "ours", autograd if backend == "dense" else streamed)
+        work = autograd if backend == "dense" else streamed
+        return Variant(step(propagate), "ours", in_pieces if in_tensor_cores(p, backend) else work)
 
     V = beside.unit(feats.detach())
     queries = V.requires_grad_()
@@ -229,6 +239,7 @@ def released(p: Problem) -> Variants:
     weights = (p.C**-0.5, (p.C - 1) ** -0.5)
     pairs, e = p.n * p.M**2, p.element
     streamed = Work(16 * pairs * p.C, e * p.n * p.M * p.C * 12, 64 << 20)
+    in_pieces = Work(108 * pairs * p.C, streamed.traffic, streamed.peak, in_half=True)  # as above, with D = 2 C
     autograd = Work(18 * pairs * p.C, 0, 6 * e * pairs)
 
     def step(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Any:
@@ -241,7 +252,8 @@ def released(p: Problem) -> Variants:
             weights=weights,
             backend=backend,  # type: ignore[arg-type]
         )
-        return Variant(step(propagate), "ours", autograd if backend == "dense" else streamed)
+        work = autograd if backend == "dense" else streamed
+        return Variant(step(propagate), "ours", in_pieces if in_tensor_cores(p, backend) else work)
 
     return backends(p, ours) | {
         "released formula": Variant(step(beside.released_affinity), work=autograd),
@@ -250,28 +262,37 @@ def released(p: Problem) -> Variants:
 
 
 def precision(p: Problem, *, eta: float = 0.5, scale: float | None = None) -> Variants:
-    """The loss against another view in float32, and with products in reduced precision."""
+    """The loss against another view with products in another precision than that of the run."""
     feats, view = p.features().requires_grad_(), p.features(5)
     loss = DerivativeLoss(eta=eta)
     work = Work(8 * p.n * p.M**2 * p.D, p.element * p.n * p.M * p.D * 8, 4 * p.element * p.n * p.M * p.D)
     step = forward_backward(lambda: loss(feats, view), feats, scale=scale)
 
-    def medium() -> tuple[Tensor, ...]:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium")
-        try:
-            return step()
-        finally:
-            torch.set_float32_matmul_precision(before)
+    def under(setting: str, run: Callable[[], tuple[Tensor, ...]] = step) -> Callable[[], tuple[Tensor, ...]]:
+        def with_setting() -> tuple[Tensor, ...]:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision(setting)
+            try:
+                return run()
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+        return with_setting
 
     def autocast() -> tuple[Tensor, ...]:
         with torch.autocast(p.device, torch.bfloat16):
             return step()
 
-    return {
-        "dlprop": Variant(step, "ours", work),
-        "matmul precision medium": Variant(medium, "related", work),
-        "autocast bfloat16": Variant(autocast, "related", work),
+    variants = {"dlprop": Variant(step, "ours", work), "autocast bfloat16": Variant(autocast, "related", work)}
+    if p.device == "cpu":
+        return variants | {"matmul precision medium": Variant(under("medium"), "related", work)}
+    fused = DerivativeLoss(eta=eta, backend="triton")
+    triton = forward_backward(lambda: fused(feats, view), feats, scale=scale)
+    # Two pieces a number: three products for each similarity, two for the gradient.
+    in_pieces = Work(4 * p.n * p.M**2 * p.D * (3 + 3 + 2), work.traffic, 2 * work.peak, in_half=True)
+    return variants | {
+        "matmul precision highest": Variant(under("highest"), "related", work),
+        "matmul precision highest, triton": Variant(under("highest", triton), "related", in_pieces),
     }
 
 

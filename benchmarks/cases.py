@@ -278,6 +278,13 @@ CASES: dict[str, Case] = {
             ),
         ),
     ),
+    "precision_129": Case(
+        "loss against a view, 129 x 129, other precisions",
+        "other",
+        builders.precision,
+        square(129),
+        devices=("cuda",),
+    ),
     "averager": Case(
         "update of the momentum network, ResNet-50",
         "other",

@@ -196,7 +196,8 @@ def roofline(results: Results) -> Figure | None:
     if not points:
         return None
     rates = results["rates"]
-    peak, copy = rates.get("tf32", rates["float32"]) / 1e9, rates["copy"] / 1e9
+    on_gpu = "tf32" in rates  # where matrix units multiply half precision for ours
+    peak, copy = rates["bfloat16" if on_gpu else "float32"] / 1e9, rates["copy"] / 1e9
     figure, ax = plt.subplots(figsize=(7.2, 6.6))
     intensity = np.array([p[0] for p in points])
     x = np.geomspace(min(intensity.min(), peak / copy) / 8, intensity.max() * 3, 200)
@@ -204,7 +205,13 @@ def roofline(results: Results) -> Figure | None:
     ax.loglog(*zip(*[p[:2] for p in points], strict=True), "o", color=OURS, markersize=9)
     ax.set_ylim(min(p[1] for p in points) / 3, peak * 3)
     ax.set_xlim(x[0], x[-1] * 4)
-    ax.text(x[-1], peak * 1.12, f"matrix product {peak:,.0f} GFLOP/s", ha="right", fontsize=13)
+    ax.text(
+        x[-1],
+        peak * 1.12,
+        f"{'bfloat16 ' if on_gpu else ''}matrix product {peak:,.0f} GFLOP/s",
+        ha="right",
+        fontsize=13,
+    )
     ax.set(xlabel="operations a byte (by count)", title="GFLOP/s of dlprop under the machine's limits")
     on_the_roof = (peak / copy / 20, peak / 20, f"copy {copy:,.0f} GB/s", "black")
     # Points lie close together, so they are numbered, and named where there is room.

@@ -72,11 +72,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Work:
-    """What a variant does by count: operations, bytes it must move at least, bytes it holds beyond its inputs."""
+    """What a variant does by count: operations, bytes it must move at least, bytes it holds beyond its inputs.
+
+    ``in_half`` says that its matrix units multiply half precision numbers, so that the rate for these is its limit.
+    """
 
     operations: float = 0.0
     traffic: float = 0.0
     peak: float = 0.0
+    in_half: bool = False
 
 
 @dataclass(frozen=True)

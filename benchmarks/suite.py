@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import machine, measure
 from .cases import AT_LEAST, CASES, Case, Target
-from .problem import Problem, UnavailableError, Variant, Variants
+from .problem import Problem, UnavailableError, Variant, Variants, Work
 
 Entry = dict[str, Any]
 PROBE = "square matrix product"
@@ -37,6 +37,10 @@ class Settings:
     @property
     def rate(self) -> float:
         return machine.float32_rate(self.rates)
+
+    def rate_of(self, work: Work) -> float:
+        """The matrix rate that limits such work."""
+        return self.rates["bfloat16"] if work.in_half else self.rate
 
     @property
     def slack(self) -> float:
@@ -123,7 +127,9 @@ def measured(
             runs[name] = variant.run
     del reference
     if with_probe:
-        a, b = (torch.rand((machine.MATRIX[settings.device],) * 2, device=settings.device) for _ in range(2))
+        dtype = torch.bfloat16 if variants["dlprop"].work.in_half else torch.float32
+        shape = (machine.MATRIX[settings.device],) * 2
+        a, b = (torch.rand(shape, device=settings.device, dtype=dtype) for _ in range(2))
         runs[PROBE], taken[PROBE] = lambda: a @ b, 0.0
     samples = measure.interleaved(runs, taken, settings.device, settings.effort) if runs else {}
     for name, seconds in samples.items():
@@ -134,7 +140,7 @@ def measured(
         if "dlprop" in samples and name != "dlprop":
             entry["ratio"] = measure.ratio(seconds, samples["dlprop"])
         if work.traffic:
-            entry["roofline"] = roofline(work.operations, work.traffic, entry["seconds"]["median"], settings)
+            entry["roofline"] = roofline(work, entry["seconds"]["median"], settings)
     return entries, samples
 
 
@@ -188,13 +194,13 @@ def differences(results: Iterable[Tensor], reference: Iterable[Tensor]) -> list[
     return found
 
 
-def roofline(operations: float, traffic: float, seconds: float, settings: Settings) -> Entry:
+def roofline(work: Work, seconds: float, settings: Settings) -> Entry:
     """Where a variant stands under the limits: its products at the matrix rate, its bytes at copying speed."""
-    by_operations, by_bytes = operations / settings.rate, traffic / settings.rates["copy"]
+    by_operations, by_bytes = work.operations / settings.rate_of(work), work.traffic / settings.rates["copy"]
     return {
-        "operations": operations,
-        "bytes": traffic,
-        "rate": operations / seconds,
+        "operations": work.operations,
+        "bytes": work.traffic,
+        "rate": work.operations / seconds,
         "limit": "matrix rate" if by_operations >= by_bytes else "copy bandwidth",
         "share": max(by_operations, by_bytes) / seconds,
     }

@@ -6,12 +6,15 @@ Nothing here looks at how long something took.
 import json
 import math
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from benchmarks import __main__ as cli
 from benchmarks import accuracy, beside, builders, growth, measure, results, suite, table
@@ -405,3 +408,80 @@ def test_plots_are_drawn_from_the_results(tmp_path):
     drawn = plots.draw_all(found, tmp_path)
     assert [path.name for path in drawn] == [f"cpu_{name}.svg" for name in ("time", "memory", "targets", "roofline")]
     assert plots.draw_all(found | {"entries": {}}, tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The GPU section where there is none: everything but the GPU is real.
+
+
+class _OnTheCpu(TorchFunctionMode):
+    """What asks for a CUDA device gets the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args = ["cpu" if isinstance(x, str) and x == "cuda" else x for x in args]
+        kwargs = {name: "cpu" if isinstance(x, str) and x == "cuda" else x for name, x in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+class _Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.time - self.time)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch, folders, quickest):
+    """A GPU of which nothing is real but its name."""
+    properties = SimpleNamespace(name="a pretended GPU", major=9, minor=0, total_memory=1 << 30)
+    for name, value in {
+        "is_available": lambda: True,
+        "get_device_properties": lambda _: properties,
+        "mem_get_info": lambda: (1 << 40, 1 << 40),
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 1 << 20,
+        "max_memory_allocated": lambda: 3 << 20,
+        "is_bf16_supported": lambda: True,
+        "Event": _Event,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(cli.machine, "rates", lambda device: RATES | {"tf32": 2e11})
+    monkeypatch.setattr(cli.machine, "MATRIX", {"cuda": 16})
+    monkeypatch.setattr(measure, "in_fresh_process", lambda function, *arguments, timeout: function(*arguments))
+    for name, case in CASES.items():
+        monkeypatch.setitem(CASES, name, replace(case, problem=tiny(case.problem), extra=None))
+    for name, one in GROWTH.items():
+        monkeypatch.setitem(GROWTH, name, replace(one, cuda_edges=(3, 5)))
+    monkeypatch.setattr(growth, "RAGGED_PIXELS", {"5": (24, 25)})
+    monkeypatch.setattr(accuracy, "EDGES", {"full": (5,)})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(suite.gc, "collect", lambda: None)  # slow among so many modules
+    with _OnTheCpu():
+        yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")
+def test_the_gpu_section_runs(pretended_gpu, capsys):
+    assert cli.main(["--device", "cuda", "--full", "--save"]) == 1
+    captured = capsys.readouterr()
+    troubles = [line for line in captured.err.splitlines() if line.startswith("FAILED")]
+    assert troubles
+    # The Triton kernels alone need more than a pretended GPU.
+    assert all("triton" in line and "backend='triton' cannot run here" in line for line in troubles)
+    found = results.load("cuda")
+    assert found["machine"]["gpu"]["name"] == "a pretended GPU"
+    assert found["machine"]["float32_matmul_precision"] == "high"
+    assert list(found["entries"]) == [name for name in cli.EVERYTHING if name in cli.names("cuda", "full")]
+    assert found["entries"]["loss_129"]["variants"]["dlprop"]["peak_mib"] == 2
+    assert all(t["value"] is not None for entry in found["entries"].values() for t in entry.get("targets", ()))
+    text = table.cuda(found)
+    assert "a pretended GPU" in text
+    assert "TF32" in text
+    assert "a pretended GPU" in captured.out

@@ -159,6 +159,13 @@ def test_more_channels_than_fit(kernels, device):
         kernels.softmax_affinity(a, a, a, None)
 
 
+def test_float64_needs_a_newer_triton(kernels, device, monkeypatch):
+    monkeypatch.setattr(kernels, "VERSION", (3, 4))
+    inputs = [x.to(device) for x in _affinity(F64)]
+    with pytest.raises(ValueError, match=r"backend='triton' .*float64 from Triton 3\.5 .*backend='auto'"):
+        kernels.softmax_affinity(*inputs, None)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pairwise_l1_without_gradient(kernels, device, form, dtype):

@@ -36,6 +36,7 @@ from . import dense
 from .triton_jit import log_sum_exp_kernel, pairwise_kernel, softmax_kernel
 
 KERNELS = ("pairwise_l1", "pairwise_l1_cross", "softmax_affinity", "softmax_affinity_backward")
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = not isinstance(pairwise_kernel, triton.runtime.JITFunction)
 
 
@@ -96,13 +97,13 @@ def pays(op: str, dtype: torch.dtype, device: torch.device, channels: tuple[int,
         channels: of the features, and of the target (0 for labels) or the logits.
         reduced: whether float32 products need not be exact.
     """
-    own, other = (padded(c) if c else 0 for c in channels)
-    operands = _operands(dtype, torch.float16 if op == "derivative_l1" else torch.bfloat16, reduced)
-    gpu = _device(device)
     if dtype == torch.float64 or (dtype == torch.float32 and not (reduced or allows_tf32())):
         return False
+    gpu = _device(device)
+    operands = _operands(dtype, torch.float16 if op == "derivative_l1" else torch.bfloat16, reduced)
     if operands.pieces > 1 and not gpu.multiplies_shared_memory:
         return False
+    own, other = (padded(c) if c else 0 for c in channels)
     try:
         blocks = choose_blocks(operands, own + other, own + other, own, None, gpu)
     except TooManyChannelsError:
@@ -370,6 +371,11 @@ def _softmax(
 
 def _operands(dtype: torch.dtype, piece: torch.dtype, reduced: bool) -> Operands:
     """How numbers of ``dtype`` are multiplied: float32 in pieces, fewer if products may be ``reduced``."""
+    if dtype == torch.float64 and VERSION < (3, 5):
+        raise ValueError(
+            "backend='triton' cannot run here: it multiplies float64 from Triton 3.5 on, and this is "
+            f"{triton.__version__}; use backend='auto'"
+        )
     if dtype != torch.float32:
         return Operands(dtype, 1)
     fewer = reduced or allows_tf32()

@@ -19,7 +19,7 @@ def _dot(x, y, total, UPCAST: tl.constexpr):
     if UPCAST:  # the interpreter holds bfloat16 as integers and would multiply those
         x = x.to(tl.float32)
         y = y.to(tl.float32)
-    return tl.dot(x, y, total, input_precision="ieee")
+    return tl.dot(x, y, total, input_precision="ieee", out_dtype=total.dtype)
 
 
 @triton.jit
