@@ -10,7 +10,7 @@ from latex2mathml.converter import convert
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the gallery draws the scenes of the example, the benchmark page reads its table
 
-from benchmarks import results, table  # noqa: E402 - found by the line above
+from benchmarks import results, rounding, table  # noqa: E402 - found by the line above
 
 project = "dlprop"
 author = copyright = "The dlprop authors"  # noqa: A001 - Sphinx reads this name
@@ -35,6 +35,7 @@ myst_substitutions = {
     "benchmark_growth": table.growth(measured),
     "benchmark_ragged": table.ragged(measured),
     "benchmark_accuracy": table.accuracy(measured),
+    "benchmark_rounding": rounding.table(),
     "benchmark_cuda": table.cuda(results.load("cuda")),
 }
 autodoc_member_order = "bysource"

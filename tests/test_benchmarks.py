@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from benchmarks import __main__ as cli
-from benchmarks import accuracy, beside, builders, growth, measure, results, suite, table
+from benchmarks import accuracy, beside, builders, growth, measure, results, rounding, suite, table
 from benchmarks.cases import CASES, Case, Target
 from benchmarks.growth import GROWTH
 from benchmarks.problem import Problem, UnavailableError, Variant, Work, forward
@@ -408,6 +408,18 @@ def test_plots_are_drawn_from_the_results(tmp_path):
     drawn = plots.draw_all(found, tmp_path)
     assert [path.name for path in drawn] == [f"cpu_{name}.svg" for name in ("time", "memory", "targets", "roofline")]
     assert plots.draw_all(found | {"entries": {}}, tmp_path) == []
+
+
+def test_fewer_bits_cost_accuracy_most_where_views_are_close():
+    x = torch.tensor([1 + 2.0**-7, 1 + 2.0**-8, 3.0, 0.0], dtype=torch.float64)
+    assert rounding.rounded(x, 8).tolist() == [1 + 2.0**-7, 1.0, 3.0, 0.0]
+    rows = {(title, order): errors for title, order, errors in rounding.rows(13)}
+    for errors in rows.values():
+        assert errors == sorted(errors, reverse=True)
+    assert rows["labels", 0][1] < 1e-4
+    assert rows["a view 1% apart", 0][1] > 10 * rows["a view 100% apart", 0][1] > 0.01
+    assert rounding.table(5).count("\n") == 1 + len(rows)
+    assert [rounding._percent(x) for x in (0.0004, 0.0123, 0.456)] == ["below 0.1 %", "1.2 %", "46 %"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -72,8 +72,11 @@ def derivative_loss(
         num_anchors: compare all pixels with `K` target pixels only, drawn anew at each call without replacement from
             torch's default generator: unbiased, O(M K D). Not with "frobenius".
         chunk_size: tile edge in pixels; None chooses by device.
-        backend: "auto", "dense" (the M x M matrices, for reference), "tiled", or "triton" (CUDA tensors and `norm` "l1"
-            only; not chosen by "auto" yet). "frobenius" knows only "dense" and its linear-time form.
+        backend: "auto", "dense" (the M x M matrices, for reference), "tiled", or "triton" (NVIDIA GPUs of compute
+            capability 8.0 or newer, `norm` "l1"). "auto" takes "triton" there where products need only the 11 bits of
+            TF32: if torch's setting for float32 products allows TF32, and against labels under autocast. Elsewhere,
+            and against features under autocast, products keep their dtype; residuals and sums always do. "frobenius"
+            knows only "dense" and its linear-time form.
 
     Returns:
         A scalar, or `(N,)` with reduction "none", in the dtype of `feats` but at least float32. With no valid pair the
@@ -121,7 +124,9 @@ def derivative_loss(
     _check_tensors(feats, target, mask, max_order, scheme, ignore_index)
     check_backend(backend, feats, "norm='frobenius'" if norm == "frobenius" else None)
 
-    eta, reduced = options["eta"], _checks.autocast_enabled(feats)
+    eta = options["eta"]
+    # Residuals of labels are large. Those of another view may be smaller than what rounding the products leaves.
+    reduced = _checks.autocast_enabled(feats) and not target.is_floating_point()
     with full_precision(feats):
         V = normalize_features(flatten(feats), normalize)
         N, D, M = V.shape
