@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlprop import DerivativeLabelPropagation, DerivativeLoss, MomentumAverager
+from dlprop._ops import Backend
 
 from . import beside
 from .problem import Problem, UnavailableError, Variant, Variants, Work, compiled, forward, forward_backward
 
 
-def backends(p: Problem, make: Callable[[str], Variant]) -> Variants:
+def backends(p: Problem, make: Callable[[Backend], Variant]) -> Variants:
     """Ours as a user gets it ("auto"), and each backend by its name. On CPUs "auto" is the tiled one."""
-    names = ("dense", "tiled", "triton") if p.device == "cuda" else ("dense",)
+    names: tuple[Backend, ...] = ("dense", "tiled", "triton") if p.device == "cuda" else ("dense",)
     return {"dlprop": make("auto"), **{f"dlprop {name}": make(name) for name in names}}
 
 
@@ -39,8 +40,8 @@ def propagation(p: Problem) -> Variants:
     dense = Work(pairs * (4 * p.D + 2 * p.C), 0, 4 * e * pairs)
     L, V = logits.flatten(2), feats.flatten(2)
 
-    def ours(backend: str) -> Variant:
-        propagate = DerivativeLabelPropagation(backend=backend)  # type: ignore[arg-type]
+    def ours(backend: Backend) -> Variant:
+        propagate = DerivativeLabelPropagation(backend=backend)
         return Variant(forward(lambda: propagate(logits, feats)), "ours", dense if backend == "dense" else low_rank)
 
     compiled_propagation = compiled(beside.dense_propagation)
@@ -108,8 +109,8 @@ def loss_consistency(p: Problem, *, eta: float = 0.5, scale: float | None = None
     both_halves = Work(12 * pairs * p.D, once.traffic, 2 * once.peak, in_half=True)
     autograd = Work(16 * pairs * p.D, 0, 6 * e * pairs)
 
-    def ours(backend: str) -> Variant:
-        loss = DerivativeLoss(eta=eta, backend=backend)  # type: ignore[arg-type]
+    def ours(backend: Backend) -> Variant:
+        loss = DerivativeLoss(eta=eta, backend=backend)
         work = Work(12 * pairs * p.D, 0, 4 * e * pairs) if backend == "dense" else once
         work = both_halves if in_tensor_cores(p, backend) else work
         return Variant(forward_backward(lambda: loss(feats, view), feats, scale=scale), "ours", work)
@@ -139,8 +140,8 @@ def loss_labelled(p: Problem, *, signed: bool = False, eta: float = 0.5, scale: 
     both_halves = Work(8 * pairs * p.D, once.traffic, 2 * once.peak, in_half=True)
     autograd = Work(12 * pairs * p.D, 0, 6 * e * pairs)
 
-    def ours(backend: str) -> Variant:
-        loss = DerivativeLoss(eta=eta, backend=backend)  # type: ignore[arg-type]
+    def ours(backend: Backend) -> Variant:
+        loss = DerivativeLoss(eta=eta, backend=backend)
         work = autograd if backend == "dense" else once
         work = both_halves if in_tensor_cores(p, backend) else work
         return Variant(forward_backward(lambda: loss(feats, labels), feats, scale=scale), "ours", work)
@@ -206,8 +207,8 @@ def softmax(p: Problem) -> Variants:
     def step(function: Callable[[Tensor, Tensor], Tensor]) -> Any:
         return forward_backward(lambda: function(logits, feats), feats, grad=grad)
 
-    def ours(backend: str) -> Variant:
-        propagate = DerivativeLabelPropagation(affinity="softmax", backend=backend)  # type: ignore[arg-type]
+    def ours(backend: Backend) -> Variant:
+        propagate = DerivativeLabelPropagation(affinity="softmax", backend=backend)
         work = autograd if backend == "dense" else streamed
         return Variant(step(propagate), "ours", in_pieces if in_tensor_cores(p, backend) else work)
 
@@ -245,12 +246,12 @@ def released(p: Problem) -> Variants:
     def step(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Any:
         return forward_backward(lambda: function(logits, f1, f2), f1, f2, grad=grad)
 
-    def ours(backend: str) -> Variant:
+    def ours(backend: Backend) -> Variant:
         propagate = DerivativeLabelPropagation(
             affinity="softmax",
             normalize=None,
             weights=weights,
-            backend=backend,  # type: ignore[arg-type]
+            backend=backend,
         )
         work = autograd if backend == "dense" else streamed
         return Variant(step(propagate), "ours", in_pieces if in_tensor_cores(p, backend) else work)

@@ -248,8 +248,9 @@ def judged(target: Target, entries: dict[str, Entry], samples: dict[str, list[fl
         entry = entries[target.of]
         if target.measure in ("speedup", "cost"):
             other = samples.get(target.against or "")
-            pair = (other, ours) if target.measure == "speedup" else (ours, other)
-            value = None if other is None else measure.ratio(*pair)["median"]  # type: ignore[arg-type]
+            if other is not None:
+                pair = (other, ours) if target.measure == "speedup" else (ours, other)
+                value = measure.ratio(*pair)["median"]
         elif target.measure == "share" and PROBE in samples:
             rate = 2 * machine.MATRIX[settings.device] ** 3
             value = entry["roofline"]["operations"] / rate * measure.ratio(samples[PROBE], ours)["median"]

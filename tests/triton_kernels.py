@@ -517,6 +517,27 @@ def test_compiled(device):
         assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(*inputs), expected.cpu(), "propagation")
 
 
+def test_distributed(device, tmp_path):
+    # One process is enough: what could go wrong is how the op's gradient meets the hooks.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        x, labels = torch.rand(2, 5, 20, device=device), torch.randint(0, 3, (2, 20), device=device)
+        grads = []
+        for wrap in (lambda module: module, torch.nn.parallel.DistributedDataParallel):
+            torch.manual_seed(0)
+            layer = torch.nn.Conv1d(5, 6, 1).to(device)
+            network = wrap(layer)
+            feats = network(x).square()
+            out = DerivativeLabelPropagation(affinity="softmax", backend="triton")(feats, feats)
+            (DerivativeLoss(backend="triton")(feats, labels) + out.square().mean()).backward()
+            grads.append(layer.weight.grad)
+        assert grads[0].count_nonzero() > 0
+        assert torch.equal(*grads)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Deliberately wrong kernels
 

@@ -13,6 +13,10 @@ below the error of the smallest piece. Products are accumulated in float32 (floa
 import triton
 import triton.language as tl
 
+# A kernel is compiled anew for every combination of arguments that are multiples of 16, and knowing it of these gains
+# nothing.
+SIZES = ["owners", "visits", "channels"]
+
 
 @triton.jit
 def _dot(x, y, total, UPCAST: tl.constexpr):
@@ -92,7 +96,7 @@ def _store_total(out, total, owner, owners, channels):
     tl.store(out + d.to(tl.int64) * owners + i, total, mask=(i < owners) & (d < channels))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pairwise_kernel(
     rows,  # (PIECES, N, row_pad, CHANNELS)
     columns,  # (PIECES, N, column_pad, CHANNELS)
@@ -156,7 +160,7 @@ def pairwise_kernel(
         _store_total(gradient + part * channels * owners, total, owner, owners, channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES[:2])
 def log_sum_exp_kernel(
     rows,  # (PIECES, N, row_pad, CHANNELS)
     columns,  # (PIECES, N, column_pad, CHANNELS)
@@ -197,7 +201,7 @@ def log_sum_exp_kernel(
     tl.store(out + part * owners + i, largest + tl.log(total), mask=i < owners)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def softmax_kernel(
     rows,  # (PIECES, N, row_pad, CHANNELS)
     columns,  # (PIECES, N, column_pad, CHANNELS)
