@@ -573,7 +573,7 @@ DEVICE_MUTANTS = {
 HOST_MUTANTS = {
     "gradient of one role": ("grad.mul_(2)", "grad", "features"),
     "loss in another scale": ("sums.sum(dim=(0, 2)) / (scale * scale)", "sums.sum(dim=(0, 2))", "scale"),
-    "gradient in another scale": ("(gradient) / scale[:, None, None]", "(gradient)", "scale"),
+    "gradient in another scale": (".div_(scale[:, None, None])", "", "scale"),
     "one split": ("parts.sum(dim=0)", "parts[0]", "labels"),
     "pieces of what is not finite": (".nan_to_num_(0, 0, 0)", "", "not finite"),
 }

@@ -222,7 +222,7 @@ def _pairwise(
         TARGET_CHANNELS=target_channels,
     )
     loss = sums.sum(dim=(0, 2)) / (scale * scale)
-    return loss, _sum_of_splits(gradient) / scale[:, None, None] if need_grad else None
+    return loss, _sum_of_splits(gradient).div_(scale[:, None, None]) if need_grad else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
