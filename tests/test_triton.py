@@ -135,7 +135,7 @@ def test_cpu_tensors_without_the_interpreter():
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(_ops, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"backend='triton' .*not installed.* on cpu.*'auto'"):
+    with pytest.raises(ValueError, match=r"backend='triton' .*not installed.*'auto'"):
         DerivativeLoss(backend="triton")(FEATS, LABELS)
 
 
@@ -188,6 +188,35 @@ def test_auto_takes_the_triton_kernels_where_they_pay(gpu):
     assert _chosen("auto") is tiled
     assert _chosen("triton").pairwise_l1.func is triton.pairwise_l1
     assert _chosen("tiled") is tiled
+
+
+@needs_triton
+@not_interpreted
+def test_auto_goes_on_where_triton_is_broken(gpu):
+    from dlprop._kernels import triton
+
+    def no_compiler():
+        raise RuntimeError("Failed to find C compiler")
+
+    # Triton compiles its driver when it is first asked for one.
+    gpu.setattr(type(triton.triton.runtime.driver), "active", property(lambda _: no_compiler()))
+    gpu.setattr(torch.Tensor, "to", lambda x, _: x)
+    triton.works.cache_clear()
+    with pytest.warns(
+        RuntimeWarning, match="do not work on cuda:0, .*slower tiled ones: RuntimeError: Failed to find C"
+    ):
+        assert _chosen("auto") is tiled
+    triton.works.cache_clear()
+
+
+def test_auto_goes_on_where_triton_cannot_be_imported(gpu):
+    gpu.setattr(_ops, "find_spec", lambda name: True)
+    gpu.setitem(sys.modules, "dlprop._kernels.triton", None)
+    gpu.delattr("dlprop._kernels.triton", raising=False)
+    _ops._triton_imports.cache_clear()
+    with pytest.warns(RuntimeWarning, match="cannot be imported, .*slower tiled kernels: ImportError"):
+        assert _chosen("auto") is tiled
+    _ops._triton_imports.cache_clear()
 
 
 @needs_triton

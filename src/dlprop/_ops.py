@@ -8,7 +8,8 @@ in reduced precision, as where torch's setting allows TF32; the others never do.
 
 from __future__ import annotations
 
-from functools import partial
+import warnings
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, get_args
@@ -52,7 +53,7 @@ def _refuse_triton(reason: str) -> None:
 def _missing_for_triton(device: torch.device) -> str:
     """What the Triton kernels lack to run on ``device``, or an empty string."""
     if find_spec("triton") is None:
-        return f"Triton is not installed (it comes with builds of torch for CUDA; tensors are on {device})"
+        return "Triton is not installed; it comes with the builds of torch for CUDA"
     if device.type == "cuda":
         if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
             return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, and {device} is none"
@@ -63,7 +64,10 @@ def _missing_for_triton(device: torch.device) -> str:
 
     if triton.INTERPRETED:
         return ""
-    return "it needs CUDA tensors, and these are on cpu (Triton's interpreter is off: TRITON_INTERPRET=1 was not set)"
+    return (
+        "it needs CUDA tensors, and these are on cpu (to try it there, set TRITON_INTERPRET=1 before Triton is first "
+        "imported)"
+    )
 
 
 def _kernels(
@@ -79,11 +83,29 @@ def _kernels(
     if backend == "auto" and (missing or x.device.type != "cuda"):
         return tiled
     _refuse_triton(missing)
+    if backend == "auto" and not _triton_imports():
+        return tiled
     from ._kernels import triton
 
     if backend == "auto" and not triton.pays(op, x.dtype, x.device, channels, reduced):
         return tiled
     return SimpleNamespace(**{name: partial(getattr(triton, name), reduced=reduced) for name in triton.KERNELS})
+
+
+@lru_cache
+def _triton_imports() -> bool:
+    """Whether Triton can be imported; a broken one must not stop those who did not ask for it, only warn them."""
+    try:
+        from ._kernels import triton
+    except Exception as error:
+        warnings.warn(
+            f"dlprop: Triton is installed but cannot be imported, so backend='auto' takes the slower tiled kernels: "
+            f"{type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return triton is not None
 
 
 def _refuse_second_derivative(*_: Any) -> None:

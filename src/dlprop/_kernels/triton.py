@@ -99,6 +99,8 @@ def pays(op: str, dtype: torch.dtype, device: torch.device, channels: tuple[int,
     """
     if dtype == torch.float64 or (dtype == torch.float32 and not (reduced or allows_tf32())):
         return False
+    if not works(_index(device)):
+        return False
     gpu = _device(device)
     operands = _operands(dtype, torch.float16 if op == "derivative_l1" else torch.bfloat16, reduced)
     if operands.pieces > 1 and not gpu.multiplies_shared_memory:
@@ -108,14 +110,14 @@ def pays(op: str, dtype: torch.dtype, device: torch.device, channels: tuple[int,
         blocks = choose_blocks(operands, own + other, own + other, own, None, gpu)
     except TooManyChannelsError:
         return False
-    return blocks.stages > 1 and works(_index(device))
+    return blocks.stages > 1
 
 
 @lru_cache
 def works(index: int) -> bool:
     """Whether the kernels compile on a GPU and are right there for a small problem; else a warning says what is wrong.
 
-    Triton needs a C compiler on the machine, for one.
+    Triton needs a C compiler on the machine, for one, already when it is asked for the GPU's properties.
     """
     device = torch.device("cpu") if INTERPRETED else torch.device("cuda", index)
     generator = torch.Generator().manual_seed(0)
@@ -126,6 +128,8 @@ def works(index: int) -> bool:
             error = float((result - expected).abs().max() / expected.abs().max())
             if not error < 0.02:
                 raise ArithmeticError(f"a small problem came out wrong, by {error:.1e} of its largest entry")
+    except torch.OutOfMemoryError:  # says nothing about the kernels
+        raise
     except Exception as error:
         warnings.warn(
             f"dlprop: the Triton kernels do not work on {device}, so backend='auto' takes the slower tiled ones: "
@@ -428,9 +432,9 @@ def choose_blocks(operands: Operands, held: int, passing: int, summed: int, tile
         if (pixels * operands.pieces + weights) * size <= device.shared_memory:
             return blocks
     raise TooManyChannelsError(
-        f"backend='triton' cannot run here: its blocks of pixels hold {held} channels (padded to powers of two) of "
-        f"{operands.pieces} x {size} bytes in shared memory, of which {device.shared_memory >> 10} KiB are there; use "
-        "backend='auto'"
+        f"backend='triton' cannot run here: its smallest blocks of pixels, of {held} channels (feats and what goes "
+        f"with them, each padded to a power of two), take more than the {device.shared_memory >> 10} KiB of shared "
+        "memory of this device; reduce the channels, or use backend='auto'"
     )
 
 
@@ -515,4 +519,5 @@ def options(operands: Operands, blocks: Blocks) -> dict[str, Any]:
         "UPCAST": INTERPRETED and operands.dtype == torch.bfloat16,
         "num_warps": 8 if blocks.owned >= 64 else 4,
         "num_stages": blocks.stages,
+        "enable_fp_fusion": True,  # Triton's own default warns that it will change
     }
