@@ -130,13 +130,13 @@ def failures(found: dict[str, Any]) -> list[str]:
 
 
 def redraw(tables: bool, plots: bool) -> int:
-    """Write the README's table and the plots from the committed JSON."""
+    """Write the tables of the README and the docs, and the plots, from the committed JSON."""
     found = results.load("cpu")
     if found is None:
         print(f"there are no results in {results.FOLDER}: run with --save first", file=sys.stderr)
         return 1
     if tables:
-        table.replace_in_readme(found, results.load("cuda"))
+        table.replace_in_pages(found, results.load("cuda"))
     if plots:
         from . import plots as drawing
 

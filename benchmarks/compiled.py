@@ -4,6 +4,9 @@
 
 A spilled register is a trip to memory in the innermost loop, and a product without a matrix instruction is many times
 slower; neither shows in a result. A line is one kernel at one depth, with the blocks that `dlprop` chooses for it.
+
+Under TF32 or autocast float32 comes in 1 x float16 or 2 x bfloat16, in full precision in one piece more, which
+`backend="auto"` leaves to torch's own kernels.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync")
 PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA", "FFMA")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-LAUNCH_OPTIONS = ("num_warps", "num_stages")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # Arguments that are multiples of 16 whatever the sizes; pointers are, too.
 MULTIPLES = ("row_pad", "column_pad", "walk")
 
@@ -133,14 +136,20 @@ def _run(program: str, *arguments: str) -> str:
     return subprocess.run([BINARIES / program, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
 def main() -> None:
     """Print one line for every kernel, depth and kind of product."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--capability", type=int, default=90, choices=SHARED_MEMORY, help="90 for compute capability 9.0"
     )
-    parser.add_argument("--channels", type=int, nargs="+", default=[256], help="of the features")
-    parser.add_argument("--classes", type=int, default=21, help="of the logits")
+    parser.add_argument("--channels", type=_positive, nargs="+", default=[256], help="of the features")
+    parser.add_argument("--classes", type=_positive, default=21, help="of the logits")
     options = parser.parse_args()
     row = "{:<18} {:>8} {:<12} {:>11} {:>9} {:>11} {:>10}  {}"
     print(row.format("kernel", "channels", "operands", "blocks", "registers", "spilled, B", "shared", "instructions"))

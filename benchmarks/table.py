@@ -7,13 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from . import rounding
 from .cases import CASES
 
 Results = dict[str, Any]
 
 NBSP = "\u00a0"  # a figure and its unit stay on one line
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- benchmarks: begin (python -m benchmarks --table) -->", "<!-- benchmarks: end -->"
+ROOT = Path(__file__).parents[1]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- {}: begin (python -m benchmarks --table) -->", "<!-- {}: end -->"
 
 BOUNDS = {
     "speedup": "at least {:.3g} times faster",
@@ -35,9 +37,21 @@ VALUES = {
 MISSING = {"bfloat16_matrix_units": "this processor has no bfloat16 matrix units"}
 
 
-def readme(results: Results, gpu: Results | None) -> str:
-    """What stands between the marks of the README."""
-    return f"{targets(results)}\n\n{machine(results)}\n\nOn a GPU:\n\n{cuda(gpu)}"
+def sections(results: Results, gpu: Results | None) -> dict[Path, dict[str, str]]:
+    """What stands between the marks of each page, by the name of the marks."""
+    measured = f"{targets(results)}\n\n{machine(results)}"
+    return {
+        README: {"benchmarks": f"{measured}\n\nOn a GPU:\n\n{cuda(gpu)}"},
+        PAGE: {
+            "targets": measured,
+            "growth": growth(results),
+            "ragged": ragged(results),
+            "competitors": competitors(results),
+            "accuracy": accuracy(results),
+            "rounding": rounding.table(),
+            "gpu": cuda(gpu),
+        },
+    }
 
 
 def targets(results: Results) -> str:
@@ -196,12 +210,15 @@ def accuracy(results: Results) -> str:
     return _table(("case", "result", "variant", *dtypes), rows)
 
 
-def replace_in_readme(results: Results, gpu: Results | None) -> None:
-    """Write the table between the two marks of the README."""
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{readme(results, gpu)}\n{END}{after}")
+def replace_in_pages(results: Results, gpu: Results | None) -> None:
+    """Write the tables between the marks of the README and of the page on benchmarks."""
+    for page, tables in sections(results, gpu).items():
+        text = page.read_text(encoding="utf-8")
+        for name, written in tables.items():
+            begin, end = BEGIN.format(name), END.format(name)
+            before, rest = text.split(begin)
+            text = f"{before}{begin}\n\n{written}\n\n{end}{rest.split(end)[1]}"
+        page.write_text(text, encoding="utf-8")
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -8,9 +8,7 @@ from docutils import nodes
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the gallery draws the scenes of the example, the benchmark page reads its table
-
-from benchmarks import results, rounding, table  # noqa: E402 - found by the line above
+sys.path.insert(0, str(ROOT))  # the gallery draws the scenes of the example
 
 project = "dlprop"
 author = copyright = "The dlprop authors"  # noqa: A001 - Sphinx reads this name
@@ -25,19 +23,8 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build", "gallery"]
-myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-measured = results.load("cpu")
-myst_substitutions = {
-    "benchmark_targets": table.targets(measured),
-    "benchmark_machine": table.machine(measured),
-    "benchmark_competitors": table.competitors(measured),
-    "benchmark_growth": table.growth(measured),
-    "benchmark_ragged": table.ragged(measured),
-    "benchmark_accuracy": table.accuracy(measured),
-    "benchmark_rounding": rounding.table(),
-    "benchmark_cuda": table.cuda(results.load("cuda")),
-}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_custom_sections = ["Cost", "Reference"]

@@ -11,7 +11,7 @@ import pytest
 
 import dlprop
 from benchmarks import results
-from benchmarks.table import BEGIN, END, readme
+from benchmarks.table import BEGIN, END, sections
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,9 +26,12 @@ def test_there_is_one_version():
     assert f"version: {dlprop.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_the_readme_table_is_that_of_the_results():
-    table = README.split(BEGIN)[1].split(END)[0].strip()
-    assert table == readme(results.load("cpu"), results.load("cuda")), "refresh it with `python -m benchmarks --table`"
+def test_the_tables_are_those_of_the_results():
+    for page, tables in sections(results.load("cpu"), results.load("cuda")).items():
+        text = page.read_text(encoding="utf-8")
+        for name, expected in tables.items():
+            table = text.split(BEGIN.format(name))[1].split(END.format(name))[0].strip()
+            assert table == expected, f"refresh {name} with `python -m benchmarks --table`"
 
 
 def test_links_and_pictures_of_the_readme_exist():

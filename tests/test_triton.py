@@ -84,7 +84,6 @@ INSTRUCTIONS = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100
 @pytest.mark.slow
 @needs_triton
 @not_interpreted
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(("capability", "title", "dtype", "pieces"), COMPILED)
 def test_the_kernels_compile_without_waste(compiled, capability, title, dtype, pieces):
     form = next(form for form in compiled.forms(256, 21) if form.title == title)
@@ -98,7 +97,6 @@ def test_the_kernels_compile_without_waste(compiled, capability, title, dtype, p
 @pytest.mark.slow
 @needs_triton
 @not_interpreted
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_the_report_of_the_compiler(compiled, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compiled", "--channels", "40", "5000", "--classes", "3"])
     compiled.main()
@@ -106,6 +104,11 @@ def test_the_report_of_the_compiler(compiled, monkeypatch, capsys):
     assert len(lines) == 1 + 2 * (2 * 2 + 3 * 3)
     assert sum("HGMMA" in line for line in lines) == 2 * 2 + 3 * 3
     assert sum("do not fit" in line for line in lines) == 2 * 2 + 3 * 3
+    for wrong in ("0", "-3", "many"):
+        monkeypatch.setattr(sys, "argv", ["compiled", "--channels", wrong])
+        with pytest.raises(SystemExit):
+            compiled.main()
+        assert f"at least 1, got {wrong}" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -372,9 +372,14 @@ def test_a_small_problem_says_whether_they_work(kernels, device, monkeypatch):
         ("derivative_l1", F32, True, (256, 256), 80, True),
         ("derivative_l1", BF16, False, (256, 0), 80, True),
         ("derivative_l1", F64, True, (8, 0), 90, False),
-        ("derivative_l1", F32, True, (512, 512), 90, False),  # a single stage
+        ("derivative_l1", F32, True, (512, 0), 90, True),
+        ("derivative_l1", F32, True, (513, 0), 90, False),  # blocks too small for its tensor cores
+        ("derivative_l1", F32, True, (256, 256), 90, True),
+        ("derivative_l1", F32, True, (257, 257), 90, False),  # a single stage
+        ("derivative_l1", F32, True, (512, 512), 80, True),
         ("derivative_l1", F32, True, (5000, 0), 90, False),
         ("softmax_affinity", F32, True, (256, 21), 90, True),
+        ("softmax_affinity", F32, True, (257, 21), 90, False),
         ("softmax_affinity", F32, True, (256, 21), 80, False),  # two pieces
         ("softmax_affinity", F32, True, (256, 21), 120, False),
         ("softmax_affinity", F16, False, (256, 21), 80, True),

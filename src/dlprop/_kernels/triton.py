@@ -86,8 +86,8 @@ class TooManyChannelsError(ValueError):
 def pays(op: str, dtype: torch.dtype, device: torch.device, channels: tuple[int, int], reduced: bool) -> bool:
     """Whether "auto" should take these kernels for ``op`` on features of ``dtype``.
 
-    It should where tensor cores may do the products and two stages of blocks fit. Float32 in full precision takes so
-    many products of pieces that torch's own are expected to be as fast, and so does the softmax of two pieces where
+    It should where tensor cores may do the products and two stages of large blocks fit. Float32 in full precision takes
+    so many products of pieces that torch's own are expected to be as fast, and so does the softmax of two pieces where
     tensor cores multiply registers.
 
     Args:
@@ -110,7 +110,7 @@ def pays(op: str, dtype: torch.dtype, device: torch.device, channels: tuple[int,
         blocks = choose_blocks(operands, own + other, own + other, own, None, gpu)
     except TooManyChannelsError:
         return False
-    return blocks.stages > 1
+    return blocks.stages > 1 and blocks.owned >= (64 if gpu.multiplies_shared_memory else 32)
 
 
 @lru_cache
