@@ -63,6 +63,11 @@ class Compiled:
     instruction: str  # of its products in PTX
     counts: Counter[str]  # of instructions in machine code
 
+    @property
+    def is_serialized(self) -> bool:
+        """Whether every product of a warp group is waited for before the next, as ptxas has it where it must."""
+        return self.counts["WARPGROUP"] >= self.counts["HGMMA"] > 0
+
 
 def forms(channels: int, classes: int) -> Iterator[Form]:
     """All the kernels at a depth of ``channels``, for so many ``classes``."""
@@ -82,7 +87,9 @@ def forms(channels: int, classes: int) -> Iterator[Form]:
 def compile_form(form: Form, operands: kernels.Operands, capability: int) -> Compiled:
     """Compile one kernel with the blocks chosen for it; raises `kernels.TooManyChannelsError` where none fit."""
     device = kernels.Device(capability, SHARED_MEMORY[capability] << 10, processors=100)
-    blocks = kernels.choose_blocks(operands, form.held, form.passing, form.summed, None, device)
+    blocks = next(kernels.fitting_blocks(operands, form.held, form.passing, form.summed, None, device), None)
+    if blocks is None:
+        raise kernels.TooManyChannelsError(f"{form.title}: no blocks fit")
     options = kernels.options(operands, blocks)
     constants = form.constants | {name: value for name, value in options.items() if name not in LAUNCH_OPTIONS}
     signature: dict[str, str] = {}
@@ -110,7 +117,7 @@ def compile_form(form: Form, operands: kernels.Operands, capability: int) -> Com
 def _type(name: str, operands: kernels.Operands, constants: dict[str, Any]) -> str:
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[operands.dtype]
     if name in ("row_targets", "column_targets"):
-        return "*i64" if constants["LABELS"] else f"*{element}"
+        return "*i32" if constants["LABELS"] else f"*{element}"
     if name in ("rows", "columns", "row_carried", "column_carried", "values"):
         return f"*{element}"
     if name in ("one", "gradient", "sums", "lse", "shift", "out"):
@@ -164,9 +171,8 @@ def main() -> None:
                     print(row.format(form.title, channels, name, "do not fit", "", "", "", ""))
                     continue
                 blocks = " x ".join(str(size) for size in done.blocks)
-                products = ", ".join(
-                    f"{done.counts[x]} {x}" for x in ("HGMMA", "UTCHMMA", "HMMA", "FFMA") if done.counts[x]
-                )
+                products = ", ".join(f"{done.counts[x]} {x}" for x in PRODUCTS if done.counts[x])
+                products += ", one after the other" if done.is_serialized else ""
                 shared = f"{done.shared / 1024:.0f} KiB"
                 print(row.format(form.title, channels, name, blocks, done.registers, done.stack, shared, products))
 

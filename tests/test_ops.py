@@ -238,6 +238,29 @@ def test_strides_do_not_matter_to_the_op(form, anchors):
         assert_close(y, x, "gradient")
 
 
+@pytest.mark.parametrize("size", [1, 3, 7, 14, 100])
+def test_passes_over_images_visit_every_pixel_once(size, monkeypatch):
+    shape = (5, 7, 3)
+    monkeypatch.setattr(orders, "CPU_ROWS", size)
+    monkeypatch.setattr(orders, "DEVICE_BYTES", 4 * 3 * size)
+    for device in ("cpu", "meta"):
+        blocks = orders._blocks(torch.empty(shape, device=device))
+        visits = torch.zeros(shape[:2])
+        for block in blocks:
+            visits[block] += 1
+        assert (visits == 1).all()
+    assert len(blocks) == {1: 35, 3: 15, 7: 5, 14: 3, 100: 1}[size]
+
+
+@pytest.mark.parametrize("form", ["labels", "features"])
+def test_passes_over_several_images_at_once_change_nothing(form, monkeypatch):
+    inputs = _inputs(form, None)
+    expected = _loss(*inputs)
+    monkeypatch.setattr(orders, "_blocks", lambda rows: [(slice(0, 9), slice(0, 4)), (slice(0, 9), slice(4, 99))])
+    for actual, wanted in zip(_loss(*inputs), expected, strict=True):
+        assert_close(actual, wanted, "gradient")
+
+
 @pytest.mark.parametrize("form", ["labels", "features"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_does_not_reach_inside(form, backend):

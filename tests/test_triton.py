@@ -92,6 +92,7 @@ def test_the_kernels_compile_without_waste(compiled, capability, title, dtype, p
     # A kernel that falls back to plain multiply-adds would be right, and many times slower.
     assert result.instruction == INSTRUCTIONS[capability]
     assert result.stack <= (100 if capability == 80 else 0)
+    assert not result.is_serialized
 
 
 @pytest.mark.slow
@@ -170,6 +171,7 @@ def gpu(monkeypatch):
     """A GPU of compute capability 9.0, as far as the choice of kernels can see."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return monkeypatch
 
 

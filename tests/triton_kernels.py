@@ -376,7 +376,7 @@ def test_a_small_problem_says_whether_they_work(kernels, device, monkeypatch):
         ("derivative_l1", F32, True, (513, 0), 90, False),  # blocks too small for its tensor cores
         ("derivative_l1", F32, True, (256, 256), 90, True),
         ("derivative_l1", F32, True, (257, 257), 90, False),  # a single stage
-        ("derivative_l1", F32, True, (512, 512), 80, True),
+        ("derivative_l1", F32, True, (512, 512), 80, False),
         ("derivative_l1", F32, True, (5000, 0), 90, False),
         ("softmax_affinity", F32, True, (256, 21), 90, True),
         ("softmax_affinity", F32, True, (257, 21), 90, False),
@@ -548,7 +548,6 @@ def test_distributed(device, tmp_path):
 # Deliberately wrong kernels
 
 DEVICE_MUTANTS = {
-    "ignored pixels equal each other": ("(own_labels == labels) & (own_labels >= 0)", "own_labels == labels", "labels"),
     "target forgotten": ("R -= _similarities(", "R -= 0 * _similarities(", "features"),
     "target added": ("R -= _similarities(", "R += _similarities(", "features"),
     "last step of each walk dropped": ("min(start + walk, visits)", "min(start + walk, visits) - VISITED", "labels"),
@@ -577,6 +576,10 @@ DEVICE_MUTANTS = {
     "equal labels in another scale": ("same, 0.0)", "1.0, 0.0)", "scale"),
 }
 HOST_MUTANTS = {
+    "ignored pixels equal each other": ("columns.masked_fill(h < 0, -2)", "columns.masked_fill(h < 0, -1)", "labels"),
+    "padded pixels equal each other": ("_pad(h, columns.shape[2], -2)", "_pad(h, columns.shape[2], -1)", "labels"),
+    "labels of the last 32 bits": ("every.sort(dim=1)", "every.int().sort(dim=1)", "labels"),
+    "labels not numbered back": ("scatter_(1, order, F", "scatter_(1, order.sort(dim=1)[0], F", "labels"),
     "gradient of one role": ("grad.mul_(2)", "grad", "features"),
     "loss in another scale": ("sums.sum(dim=(0, 2)) / (scale * scale)", "sums.sum(dim=(0, 2))", "scale"),
     "gradient in another scale": (".div_(scale[:, None, None])", "", "scale"),

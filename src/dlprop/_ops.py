@@ -207,7 +207,7 @@ def _softmax_affinity(
     with full_precision(logits):
         kernels = _kernels(backend, queries, "softmax_affinity", channels, reduced)
         out, lse = kernels.softmax_affinity(logits, queries, keys, chunk)
-    return out.to(logits.dtype), at_least_float32(lse)
+    return out.to(logits.dtype).contiguous(), at_least_float32(lse)
 
 
 def _softmax_affinity_fake(

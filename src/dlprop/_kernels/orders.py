@@ -15,8 +15,9 @@ from ..difference import STEP, Scheme, difference, difference_adjoint
 from ..features import Normalize, normalize_features
 from . import tiled
 
-# Rows that an elementwise pass takes at a time: its temporaries stay in cache and out of the peak.
-ROWS = 2048
+# What an elementwise pass takes at a time. On CPUs rows of one image, so that temporaries stay in cache and out of the
+# peak; on accelerators as many bytes as make its launch worth while.
+CPU_ROWS, DEVICE_BYTES = 2048, 64 << 20
 
 
 def derivative_l1(
@@ -148,10 +149,9 @@ def _differences(
     kept = D - q * STEP[scheme]
     # Memory for all D channels: of one size for every order, so that the next order fits where this one was.
     out = x.new_empty(N * M * D, dtype=dtype)[: N * M * kept].view(N, M, kept)
-    for n in range(N):
-        for block in _blocks(M):
-            rows = normalize_features(x[n : n + 1, :, block], normalize)[0].mT
-            out[n, block] = difference(rows, q, 1, scheme)
+    for images, pixels in _blocks(x.mT):
+        rows = normalize_features(x[images, :, pixels], normalize).mT
+        out[images, pixels] = difference(rows, q, 2, scheme)
     if valid is not None:
         out.masked_fill_(~valid[:, :, None], 0)
     return out.mT
@@ -159,9 +159,8 @@ def _differences(
 
 def _add_adjoint(grad: Tensor, order_grad: Tensor, q: int, scheme: Scheme) -> None:
     """Add the gradient of the differences of order ``q`` to that of the features, both as rows, in place."""
-    for n in range(grad.shape[0]):
-        for block in _blocks(grad.shape[1]):
-            grad[n, block] += difference_adjoint(order_grad[n, block], q, 1, scheme)
+    for block in _blocks(grad):
+        grad[block] += difference_adjoint(order_grad[block], q, 2, scheme)
 
 
 def _add_sparsity(
@@ -171,14 +170,19 @@ def _add_sparsity(
     N, M, D = rows.shape
     weight = eta / (M * (D - order * STEP[scheme])) if is_mean else eta
     sums = rows.new_zeros(N)
-    for n in range(N):
-        for block in _blocks(M):
-            change = difference(rows[n, block], order, 1, scheme)
-            sums[n] += change.abs().sum()
-            if grad is not None:
-                grad[n, block] += weight * difference_adjoint(change.sgn(), order, 1, scheme)
+    for images, pixels in _blocks(rows):
+        change = difference(rows[images, pixels], order, 2, scheme)
+        sums[images] += change.abs().sum(dim=(1, 2))
+        if grad is not None:
+            grad[images, pixels] += weight * difference_adjoint(change.sgn(), order, 2, scheme)
     return sums * weight
 
 
-def _blocks(M: int) -> list[slice]:
-    return [slice(i, i + ROWS) for i in range(0, M, ROWS)]
+def _blocks(rows: Tensor) -> list[tuple[slice, slice]]:
+    """The images and pixels of one pass after the other over rows (N, M, D)."""
+    N, M, D = rows.shape
+    images, pixels = 1, CPU_ROWS
+    if rows.device.type != "cpu":
+        pixels = max(1, DEVICE_BYTES // (D * rows.element_size()))
+        images = max(1, pixels // M)
+    return [(slice(n, n + images), slice(i, i + pixels)) for n in range(0, N, images) for i in range(0, M, pixels)]

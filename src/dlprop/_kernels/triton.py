@@ -24,16 +24,21 @@ from __future__ import annotations
 
 import sys
 import warnings
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import dense
 from .triton_jit import log_sum_exp_kernel, pairwise_kernel, softmax_kernel
+
+Result = TypeVar("Result")
 
 KERNELS = ("pairwise_l1", "pairwise_l1_cross", "softmax_affinity", "softmax_affinity_backward")
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -71,12 +76,14 @@ class Blocks(NamedTuple):
     owned: int  # pixels that it owns
     visited: int  # pixels of one step of its walk
     stages: int  # blocks of visited pixels in shared memory: with two, one is fetched while the other is multiplied
+    warps: int = 8
 
 
 # In the order of preference: large tiles read less for every product, and a tensor core wants 64 pixels or more.
 BLOCKS = [Blocks(*x) for x in ((128, 64, 2), (128, 32, 2), (64, 64, 2), (64, 32, 2), (64, 32, 1))]
-BLOCKS += [Blocks(*x) for x in ((32, 32, 2), (32, 16, 2), (32, 16, 1), (16, 16, 2), (16, 16, 1))]
+BLOCKS += [Blocks(*x, warps=4) for x in ((32, 32, 2), (32, 16, 2), (32, 16, 1), (16, 16, 2), (16, 16, 1))]
 SUM_WORDS = 128 * 256  # that the sum may take: half of the registers
+RESERVED = 2 << 10  # bytes of shared memory for the compiler's own use
 
 
 class TooManyChannelsError(ValueError):
@@ -99,18 +106,20 @@ def pays(op: str, dtype: torch.dtype, device: torch.device, channels: tuple[int,
     """
     if dtype == torch.float64 or (dtype == torch.float32 and not (reduced or allows_tf32())):
         return False
-    if not works(_index(device)):
+    if VERSION < (3, 4):  # whose code waits for every single product on compute capability 9.0
+        return False
+    # While a graph is captured nothing can be tried out.
+    is_capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
+    if not is_capturing and not works(_index(device)):
         return False
     gpu = _device(device)
     operands = _operands(dtype, torch.float16 if op == "derivative_l1" else torch.bfloat16, reduced)
     if operands.pieces > 1 and not gpu.multiplies_shared_memory:
         return False
     own, other = (padded(c) if c else 0 for c in channels)
-    try:
-        blocks = choose_blocks(operands, own + other, own + other, own, None, gpu)
-    except TooManyChannelsError:
-        return False
-    return blocks.stages > 1 and blocks.owned >= (64 if gpu.multiplies_shared_memory else 32)
+    blocks = next(fitting_blocks(operands, own + other, own + other, own, None, gpu), BLOCKS[-1])
+    smallest = 64 if gpu.multiplies_shared_memory else 32
+    return blocks.stages > 1 and blocks.owned >= smallest and blocks.visited >= 32
 
 
 @lru_cache
@@ -120,9 +129,9 @@ def works(index: int) -> bool:
     Triton needs a C compiler on the machine, for one, already when it is asked for the GPU's properties.
     """
     device = torch.device("cpu") if INTERPRETED else torch.device("cuda", index)
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.rand(1, 20, 40, generator=generator).to(device) for _ in range(2))
+    draw = partial(torch.rand, generator=torch.Generator("cpu").manual_seed(0), device="cpu", dtype=torch.float32)
     try:
+        x, y = (draw(1, 20, 40).to(device) for _ in range(2))
         results = _small_problem(sys.modules[__name__], x, y, reduced=True)
         for result, expected in zip(results, _small_problem(dense, x.double(), y.double()), strict=True):
             error = float((result - expected).abs().max() / expected.abs().max())
@@ -188,45 +197,48 @@ def _pairwise(
     channels, target_channels = padded(D), 0 if labels else padded(g.shape[1])
     operands = _operands(a.dtype, torch.float16, reduced)
     scale = _headroom(a, c, g, h) if operands.dtype == torch.float16 else a.new_ones(N, dtype=accumulator)
-    pairs = channels + target_channels
-    blocks = choose_blocks(operands, pairs, pairs, channels if need_grad else 0, tile, _device(a.device))
-    rows = _as_rows(a, operands, blocks, scale)
-    columns = rows if c is a else _as_rows(c, operands, blocks, scale)
     if labels:
-        row_targets = _pad(g, rows.shape[2], -1)
-        column_targets = row_targets if h is g else _pad(h, columns.shape[2], -1)
-    else:
-        row_targets = _as_rows(g.to(a.dtype), operands, blocks, scale)
-        column_targets = row_targets if h is g else _as_rows(h.to(a.dtype), operands, blocks, scale)
-    owner_blocks = triton.cdiv(M, blocks.owned)
-    walk, splits = _walk(c.shape[2], blocks.visited, owner_blocks * N, _device(a.device))
-    sums = a.new_empty((splits, N, owner_blocks), dtype=accumulator)
-    gradient = a.new_empty((splits, N, D, M) if need_grad else 1, dtype=accumulator)
-    _launch(
-        pairwise_kernel,
-        (owner_blocks, splits, N),
-        operands,
-        blocks,
-        rows,
-        columns,
-        row_targets,
-        column_targets,
-        scale * scale,
-        gradient,
-        sums,
-        M,
-        c.shape[2],
-        rows.shape[2],
-        columns.shape[2],
-        D,
-        walk,
-        LABELS=labels,
-        NEED_GRADIENT=need_grad,
-        CHANNELS=channels,
-        TARGET_CHANNELS=target_channels,
-    )
-    loss = sums.sum(dim=(0, 2)) / (scale * scale)
-    return loss, _sum_of_splits(gradient).div_(scale[:, None, None]) if need_grad else None
+        g, h = _numbered(g, h)
+
+    def run(blocks: Blocks) -> tuple[Tensor, Tensor | None]:
+        rows = _as_rows(a, operands, blocks, scale)
+        columns = rows if c is a else _as_rows(c, operands, blocks, scale)
+        if labels:
+            row_targets, column_targets = _pad(g, rows.shape[2], -1), _pad(h, columns.shape[2], -2)
+        else:
+            row_targets = _as_rows(g.to(a.dtype), operands, blocks, scale)
+            column_targets = row_targets if h is g else _as_rows(h.to(a.dtype), operands, blocks, scale)
+        owner_blocks = triton.cdiv(M, blocks.owned)
+        walk, splits = _walk(c.shape[2], blocks.visited, owner_blocks * N, _device(a.device))
+        sums = a.new_empty((splits, N, owner_blocks), dtype=accumulator)
+        gradient = a.new_empty((splits, N, M, channels) if need_grad else 1, dtype=accumulator)
+        _launch(
+            pairwise_kernel,
+            (owner_blocks, splits, N),
+            operands,
+            blocks,
+            rows,
+            columns,
+            row_targets,
+            column_targets,
+            scale * scale,
+            gradient,
+            sums,
+            M,
+            c.shape[2],
+            rows.shape[2],
+            columns.shape[2],
+            walk,
+            LABELS=labels,
+            NEED_GRADIENT=need_grad,
+            CHANNELS=channels,
+            TARGET_CHANNELS=target_channels,
+        )
+        loss = sums.sum(dim=(0, 2)) / (scale * scale)
+        return loss, _sum_of_splits(gradient)[..., :D].div_(scale[:, None, None]).mT if need_grad else None
+
+    pairs = channels + target_channels
+    return _with_fitting_blocks(run, operands, pairs, pairs, channels if need_grad else 0, tile, _device(a.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,28 +296,31 @@ def _log_sum_exp(queries: Tensor, keys: Tensor, chunk: int | None, operands: Ope
     """(N, M), in at least float32."""
     N, D, M = queries.shape
     channels = padded(D)
-    blocks = choose_blocks(operands, channels, channels, 0, chunk, _device(queries.device))
-    rows = _as_rows(queries, operands, blocks)
-    columns = _as_rows(keys, operands, blocks)
-    owner_blocks = triton.cdiv(M, blocks.owned)
-    walk, splits = _walk(keys.shape[2], blocks.visited, owner_blocks * N, _device(queries.device))
-    out = queries.new_empty((splits, N, M), dtype=_accumulator(queries.dtype))
-    _launch(
-        log_sum_exp_kernel,
-        (owner_blocks, splits, N),
-        operands,
-        blocks,
-        rows,
-        columns,
-        out,
-        M,
-        keys.shape[2],
-        rows.shape[2],
-        columns.shape[2],
-        walk,
-        CHANNELS=channels,
-    )
-    return out[0] if splits == 1 else out.logsumexp(dim=0)
+
+    def run(blocks: Blocks) -> Tensor:
+        rows = _as_rows(queries, operands, blocks)
+        columns = _as_rows(keys, operands, blocks)
+        owner_blocks = triton.cdiv(M, blocks.owned)
+        walk, splits = _walk(keys.shape[2], blocks.visited, owner_blocks * N, _device(queries.device))
+        out = queries.new_empty((splits, N, M), dtype=_accumulator(queries.dtype))
+        _launch(
+            log_sum_exp_kernel,
+            (owner_blocks, splits, N),
+            operands,
+            blocks,
+            rows,
+            columns,
+            out,
+            M,
+            keys.shape[2],
+            rows.shape[2],
+            columns.shape[2],
+            walk,
+            CHANNELS=channels,
+        )
+        return out[0] if splits == 1 else out.logsumexp(dim=0)
+
+    return _with_fitting_blocks(run, operands, channels, channels, 0, chunk, _device(queries.device))
 
 
 def _softmax(
@@ -323,50 +338,52 @@ def _softmax(
     N, D, M = x.shape
     channels, value_channels = padded(D), padded(v.shape[1])
     carried_channels = 0 if pairs is None else padded(pairs[0].shape[1])
+
+    def run(blocks: Blocks) -> Tensor:
+        rows = _as_rows(x, operands, blocks)
+        columns = _as_rows(y, operands, blocks)
+        values = columns if v is y else _as_rows(v.to(x.dtype), operands, blocks)
+        sources = rows if sources_own else columns
+        padded_lse = _pad(lse, sources.shape[2], float("inf"))
+        if pairs is None:
+            row_carried, column_carried, shift = rows, columns, padded_lse
+        else:
+            row_carried = _as_rows(pairs[0].to(x.dtype), operands, blocks)
+            column_carried = _as_rows(pairs[1].to(x.dtype), operands, blocks)
+            shift = _pad(pairs[2], sources.shape[2], 0)
+        owner_blocks = triton.cdiv(M, blocks.owned)
+        walk, splits = _walk(y.shape[2], blocks.visited, owner_blocks * N, _device(x.device))
+        out = x.new_empty((splits, N, M, value_channels), dtype=_accumulator(x.dtype))
+        _launch(
+            softmax_kernel,
+            (owner_blocks, splits, N),
+            operands,
+            blocks,
+            rows,
+            columns,
+            row_carried,
+            column_carried,
+            padded_lse,
+            shift,
+            values,
+            out,
+            M,
+            y.shape[2],
+            rows.shape[2],
+            columns.shape[2],
+            walk,
+            SOURCES_OWN=sources_own,
+            GRADIENT=pairs is not None,
+            COLUMNS_ARE_VALUES=v is y,
+            CHANNELS=channels,
+            CARRIED_CHANNELS=carried_channels,
+            VALUE_CHANNELS=value_channels,
+        )
+        return _sum_of_splits(out)[..., : v.shape[1]].mT
+
     held = channels + carried_channels
     passing = held if v is y else held + value_channels
-    blocks = choose_blocks(operands, held, passing, value_channels, chunk, _device(x.device))
-    rows = _as_rows(x, operands, blocks)
-    columns = _as_rows(y, operands, blocks)
-    values = columns if v is y else _as_rows(v.to(x.dtype), operands, blocks)
-    sources = rows if sources_own else columns
-    lse = _pad(lse, sources.shape[2], float("inf"))
-    if pairs is None:
-        row_carried, column_carried, shift = rows, columns, lse
-    else:
-        row_carried = _as_rows(pairs[0].to(x.dtype), operands, blocks)
-        column_carried = _as_rows(pairs[1].to(x.dtype), operands, blocks)
-        shift = _pad(pairs[2], sources.shape[2], 0)
-    owner_blocks = triton.cdiv(M, blocks.owned)
-    walk, splits = _walk(y.shape[2], blocks.visited, owner_blocks * N, _device(x.device))
-    out = x.new_empty((splits, N, v.shape[1], M), dtype=_accumulator(x.dtype))
-    _launch(
-        softmax_kernel,
-        (owner_blocks, splits, N),
-        operands,
-        blocks,
-        rows,
-        columns,
-        row_carried,
-        column_carried,
-        lse,
-        shift,
-        values,
-        out,
-        M,
-        y.shape[2],
-        rows.shape[2],
-        columns.shape[2],
-        v.shape[1],
-        walk,
-        SOURCES_OWN=sources_own,
-        GRADIENT=pairs is not None,
-        COLUMNS_ARE_VALUES=v is y,
-        CHANNELS=channels,
-        CARRIED_CHANNELS=carried_channels,
-        VALUE_CHANNELS=value_channels,
-    )
-    return _sum_of_splits(out)
+    return _with_fitting_blocks(run, operands, held, passing, value_channels, chunk, _device(x.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,14 +416,17 @@ def _headroom(*tensors: Tensor) -> Tensor:
     It is at most 2^40, because equal labels are compared with its square, and as many of these as there are pairs must
     not overflow; and 1 for an image that is not finite, whose results are not in any scale.
     """
-    largest = torch.stack([x.float().abs().amax(dim=(1, 2)) for x in tensors if x.is_floating_point()]).amax(dim=0)
+    features = [x.float() for x in tensors if x.is_floating_point()]
+    largest = torch.stack([torch.linalg.vector_norm(x, torch.inf, dim=(1, 2)) for x in features]).amax(dim=0)
     exponent = (largest.view(torch.int32) >> 23) - 127
     bits = ((14 - exponent).clamp(-126, 40) + 127) << 23  # exact on every device, which pow need not be
     return torch.where(largest.isfinite(), bits.view(torch.float32), 1.0)
 
 
-def choose_blocks(operands: Operands, held: int, passing: int, summed: int, tile: int | None, device: Device) -> Blocks:
-    """The first of `BLOCKS` that fits; ``tile`` makes blocks smaller, never larger.
+def fitting_blocks(
+    operands: Operands, held: int, passing: int, summed: int, tile: int | None, device: Device
+) -> Iterator[Blocks]:
+    """Those of `BLOCKS` that fit by count, the best first; ``tile`` makes blocks smaller, never larger.
 
     Args:
         operands: how numbers are handed to the kernel.
@@ -414,23 +434,48 @@ def choose_blocks(operands: Operands, held: int, passing: int, summed: int, tile
         passing: channels of a visited pixel.
         summed: channels of the sum.
         tile: the largest block of pixels, None for any.
-        device: where it must fit.
-
-    Raises:
-        TooManyChannelsError: if no blocks fit.
+        device: where they must fit.
     """
     limit = 128 if tile is None else max(16, triton.next_power_of_2(tile))
     size = operands.dtype.itemsize
     words = 2 if operands.dtype == torch.float64 else 1
     for blocks in BLOCKS:
-        if max(blocks.owned, blocks.visited) > limit or blocks.owned * summed * words > SUM_WORDS:
+        sum_words = blocks.owned * summed * words
+        if max(blocks.owned, blocks.visited) > limit or sum_words > SUM_WORDS:
             continue
-        # Where tensor cores read registers, what is fetched in a single stage passes through memory twice.
+        # Where tensor cores read registers, what is fetched in a single stage passes through memory twice. The fifth
+        # generation keeps what both products read for one stage more.
         copies = blocks.stages if device.multiplies_shared_memory else 2
-        pixels = blocks.owned * held + blocks.visited * passing * copies
+        kept = summed if device.capability >= 100 else 0
+        pixels = blocks.owned * held + blocks.visited * (passing * copies + kept)
         weights = blocks.owned * blocks.visited
-        if (pixels * operands.pieces + weights) * size <= device.shared_memory:
-            return blocks
+        needed = max(
+            (pixels * operands.pieces + weights) * size, 4 * sum_words
+        )  # the sum changes its layout at the end
+        if needed + RESERVED <= device.shared_memory:
+            is_small = blocks.owned == 64 and summed <= 64  # more warps would form the similarities twice
+            yield blocks._replace(warps=4) if is_small and device.multiplies_shared_memory else blocks
+
+
+def _with_fitting_blocks(
+    run: Callable[[Blocks], Result],
+    operands: Operands,
+    held: int,
+    passing: int,
+    summed: int,
+    tile: int | None,
+    device: Device,
+) -> Result:
+    """``run`` with the first blocks that fit, by count and then in the compiler's view.
+
+    Raises:
+        TooManyChannelsError: if none do.
+    """
+    for blocks in fitting_blocks(operands, held, passing, summed, tile, device):
+        try:
+            return run(blocks)
+        except triton.runtime.errors.OutOfResources:
+            continue  # compilers of other versions need more
     raise TooManyChannelsError(
         f"backend='triton' cannot run here: its smallest blocks of pixels, of {held} channels (feats and what goes "
         f"with them, each padded to a power of two), take more than the {device.shared_memory >> 10} KiB of shared "
@@ -458,12 +503,26 @@ def _as_rows(x: Tensor, operands: Operands, blocks: Blocks, scale: Tensor | None
     pixels = max(blocks.owned, blocks.visited)
     shape = operands.pieces, N, triton.cdiv(M, pixels) * pixels, padded(D)
     rows = x.new_zeros(shape, dtype=operands.dtype)
+    pieces = rows[:, :, :M, :D]
     rest = x.mT if scale is None else x.mT * scale[:, None, None]
-    for piece in rows[:, :, :M, :D]:
+    pieces[0] = rest
+    for previous, piece in pairwise(pieces):
+        rest = (rest - previous.to(x.dtype)).nan_to_num_(0, 0, 0)  # the first piece alone carries inf and NaN
         piece.copy_(rest)
-        if operands.pieces > 1:
-            rest = (rest - piece.to(x.dtype)).nan_to_num_(0, 0, 0)  # the first piece alone carries inf and NaN
     return rows
+
+
+def _numbered(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels (N, M) and (N, K) as int32, equal where they were; negative ones become -1 in the first, -2 in the other.
+
+    Without `unique`, for whose size the host would wait.
+    """
+    every = torch.cat((g, h), dim=1)
+    values, order = every.sort(dim=1)
+    changes = (values[:, 1:] != values[:, :-1]).cumsum(dim=1, dtype=torch.int32)
+    numbers = torch.empty_like(every, dtype=torch.int32).scatter_(1, order, F.pad(changes, (1, 0)))
+    rows, columns = numbers.split((g.shape[1], h.shape[1]), dim=1)
+    return rows.masked_fill(g < 0, -1), columns.masked_fill(h < 0, -2)
 
 
 def padded(channels: int) -> int:
@@ -517,7 +576,7 @@ def options(operands: Operands, blocks: Blocks) -> dict[str, Any]:
         "PIECES": operands.pieces,
         "ACCUMULATOR": tl.float64 if operands.dtype == torch.float64 else tl.float32,
         "UPCAST": INTERPRETED and operands.dtype == torch.bfloat16,
-        "num_warps": 8 if blocks.owned >= 64 else 4,
+        "num_warps": blocks.warps,
         "num_stages": blocks.stages,
         "enable_fp_fusion": True,  # Triton's own default warns that it will change
     }

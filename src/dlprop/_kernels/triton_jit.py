@@ -15,7 +15,7 @@ import triton.language as tl
 
 # A kernel is compiled anew for every combination of arguments that are multiples of 16, and knowing it of these gains
 # nothing.
-SIZES = ["owners", "visits", "channels"]
+SIZES = ["owners", "visits"]
 
 
 @triton.jit
@@ -89,27 +89,27 @@ def _add_weighted(total, weights, v0, v1, v2, PIECES: tl.constexpr, UPCAST: tl.c
 
 
 @triton.jit
-def _store_total(out, total, owner, owners, channels):
-    """Write ``total`` (owner, channel) into ``out`` (channels, owners)."""
+def _store_total(out, total, part, owner, owners):
+    """Write ``total`` into one part of ``out`` (parts, owners, channels), padded channels and all."""
     d = tl.arange(0, total.shape[1])[None, :]
-    i = owner + tl.arange(0, total.shape[0])[:, None]
-    tl.store(out + d.to(tl.int64) * owners + i, total, mask=(i < owners) & (d < channels))
+    i = tl.arange(0, total.shape[0])[:, None]
+    first = (part * owners + owner) * total.shape[1]
+    tl.store(out + first + i * total.shape[1] + d, total, mask=owner + i < owners)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def pairwise_kernel(
     rows,  # (PIECES, N, row_pad, CHANNELS)
     columns,  # (PIECES, N, column_pad, CHANNELS)
-    row_targets,  # (PIECES, N, row_pad, TARGET_CHANNELS), or labels (N, row_pad)
-    column_targets,
+    row_targets,  # (PIECES, N, row_pad, TARGET_CHANNELS), or labels (N, row_pad), of 32 bits: comparing 64 would make
+    column_targets,  # the compiler wait for every product; those that equal nothing differ between rows and columns
     one,  # (N,), the similarity of equal labels in the scale of the features
-    gradient,  # (splits, N, channels, owners)
+    gradient,  # (splits, N, owners, CHANNELS)
     sums,  # (splits, N, blocks of owners)
     owners,
     visits,
     row_pad,
     column_pad,
-    channels,  # of which CHANNELS - channels are padding
     walk,  # pixels that one split visits
     LABELS: tl.constexpr,
     NEED_GRADIENT: tl.constexpr,
@@ -145,7 +145,7 @@ def pairwise_kernel(
         R = _similarities(a0, a1, a2, c0, c1, c2, ACCUMULATOR, PIECES, UPCAST)
         if LABELS:
             labels = tl.load(column_targets + column + tl.arange(0, VISITED))[None, :]
-            R -= tl.where((own_labels == labels) & (own_labels >= 0), same, 0.0)
+            R -= tl.where(own_labels == labels, same, 0.0)
         else:
             h0, h1, h2 = _pieces(column_targets, column, column_step, VISITED, TARGET_CHANNELS, PIECES)
             R -= _similarities(g0, g1, g2, h0, h1, h2, ACCUMULATOR, PIECES, UPCAST)
@@ -157,10 +157,10 @@ def pairwise_kernel(
     part = split * tl.num_programs(2) + n
     tl.store(sums + part * tl.num_programs(0) + block, tl.sum(sums_of_rows, axis=0))
     if NEED_GRADIENT:
-        _store_total(gradient + part * channels * owners, total, owner, owners, channels)
+        _store_total(gradient, total, part, owner, owners)
 
 
-@triton.jit(do_not_specialize=SIZES[:2])
+@triton.jit(do_not_specialize=SIZES)
 def log_sum_exp_kernel(
     rows,  # (PIECES, N, row_pad, CHANNELS)
     columns,  # (PIECES, N, column_pad, CHANNELS)
@@ -210,12 +210,11 @@ def softmax_kernel(
     lse,  # (N, pad) of the sources
     shift,  # (N, pad) of the sources, likewise
     values,  # (PIECES, N, column_pad, VALUE_CHANNELS), unless they are the columns
-    out,  # (splits, N, channels, owners)
+    out,  # (splits, N, owners, VALUE_CHANNELS)
     owners,
     visits,
     row_pad,
     column_pad,
-    channels,  # of the values
     walk,
     SOURCES_OWN: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -269,4 +268,4 @@ def softmax_kernel(
             v0, v1, v2 = _pieces(values, column, column_step, VISITED, VALUE_CHANNELS, PIECES)
             total = _add_weighted(total, W, v0, v1, v2, PIECES, UPCAST)
     part = split * tl.num_programs(2) + n
-    _store_total(out + part * channels * owners, total, owner, owners, channels)
+    _store_total(out, total, part, owner, owners)
