@@ -364,6 +364,48 @@ def test_a_small_problem_says_whether_they_work(kernels, device, monkeypatch):
     kernels.works.cache_clear()
 
 
+def test_the_small_problem_is_of_float32_on_its_device(kernels, device):
+    before = torch.get_default_dtype()
+    kernels.works.cache_clear()
+    try:
+        torch.set_default_dtype(F64)
+        with torch.device("meta"):
+            assert kernels.works(0)
+    finally:
+        torch.set_default_dtype(before)
+    kernels.works.cache_clear()
+
+
+def test_nothing_is_tried_out_while_a_graph_is_captured(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "_device", lambda _: kernels.INTERPRETER)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(kernels, "works", None)
+    assert kernels.pays("derivative_l1", F32, torch.device("cuda", 0), (64, 0), True)
+
+
+def test_blocks_too_large_for_the_compiler_give_way_to_smaller_ones(kernels, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    tried = []
+    launch = kernels._launch
+
+    def with_little_memory(kernel, grid, operands, blocks, *args, **constants):
+        tried.append(blocks.owned)
+        if blocks.owned > limit:
+            raise OutOfResources(2, 1, "shared memory")
+        launch(kernel, grid, operands, blocks, *args, **constants)
+
+    monkeypatch.setattr(kernels, "_launch", with_little_memory)
+    limit = 32
+    _check_pairs(kernels, torch.device("cpu"), "labels", F32, None, M=37)
+    assert tried[0] == 128
+    assert tried[-1] == 32
+    limit = 0
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run here: .*backend='auto'"):
+        _check_softmax(kernels, torch.device("cpu"), F32, None)
+
+
 @pytest.mark.parametrize(
     ("op", "dtype", "reduced", "channels", "capability", "wanted"),
     [

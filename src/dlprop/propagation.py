@@ -90,9 +90,9 @@ def derivative_label_propagation(
         align_corners: of every bilinear resize.
         chunk_size: source rows of the softmax affinity that exist at once; None chooses by memory. Ignored by linear.
         backend: "auto", "dense" (the M x M matrices, for reference), "tiled", or "triton" (NVIDIA GPUs of compute
-            capability 8.0 or newer, the softmax affinity). "auto" takes "triton" from 9.0 on where products need only
-            16 bits: if torch's setting for float32 products allows TF32, and under autocast. The linear affinity knows
-            only "dense" and its low-rank form.
+            capability 8.0 or newer, the softmax affinity). "auto" takes "triton" on 9.0 and 10.x where products need
+            only 16 bits: if torch's setting for float32 products allows TF32, and under autocast. The linear affinity
+            knows only "dense" and its low-rank form.
 
     Returns:
         `L'` in the dtype of `logits`, `(N, C, H, W)` on the logits' grid, or `(N, C, h', w')` if `target_feats` has
