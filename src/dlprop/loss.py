@@ -74,9 +74,9 @@ def derivative_loss(
         chunk_size: tile edge in pixels; None chooses by device.
         backend: "auto", "dense" (the M x M matrices, for reference), "tiled", or "triton" (NVIDIA GPUs of compute
             capability 8.0 or newer, `norm` "l1"). "auto" takes "triton" there where products need only the 11 bits of
-            TF32: if torch's setting for float32 products allows TF32, and against labels under autocast. Elsewhere,
-            and against features under autocast, products keep their dtype; residuals and sums always do. "frobenius"
-            knows only "dense" and its linear-time form.
+            TF32: if torch's setting for float32 products allows TF32, and against labels under autocast. All else is
+            computed in the dtype of `feats`, but at least float32. "frobenius" knows only "dense" and its linear-time
+            form.
 
     Returns:
         A scalar, or `(N,)` with reduction "none", in the dtype of `feats` but at least float32. With no valid pair the
