@@ -119,8 +119,10 @@ FEATS = torch.ones(1, 5, 3)
 LABELS = torch.zeros(1, 3, dtype=torch.long)
 
 
-def test_importing_the_library_does_not_import_the_kernels():
-    _run("-c", "import sys, dlprop; assert 'dlprop._kernels.triton' not in sys.modules")
+def test_neither_importing_the_library_nor_using_it_on_the_cpu_imports_the_kernels():
+    use = "x = torch.rand(1, 5, 3); dlprop.DerivativeLoss()(x, x); "
+    use += "dlprop.DerivativeLabelPropagation(affinity='softmax')(x, x); "
+    _run("-c", f"import sys, torch, dlprop; {use} assert 'dlprop._kernels.triton' not in sys.modules")
 
 
 @needs_triton

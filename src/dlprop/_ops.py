@@ -79,8 +79,10 @@ def _kernels(
     """
     if backend in ("dense", "tiled"):
         return _KERNELS[backend]
+    if backend == "auto" and x.device.type != "cuda":
+        return tiled
     missing = _missing_for_triton(x.device)
-    if backend == "auto" and (missing or x.device.type != "cuda"):
+    if backend == "auto" and missing:
         return tiled
     _refuse_triton(missing)
     if backend == "auto" and not _triton_imports():
