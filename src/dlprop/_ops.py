@@ -73,25 +73,26 @@ def _missing_for_triton(device: torch.device) -> str:
 def _kernels(
     backend: str, x: Tensor, op: str, channels: tuple[int, int], reduced: bool
 ) -> ModuleType | SimpleNamespace:
-    """The kernels of ``backend`` for features ``x`` and their targets or logits, of so many ``channels``.
-
-    "auto" takes the Triton kernels on CUDA where tensor cores may do the products: not for float32 in full precision.
-    """
+    """The kernels of ``backend`` for features ``x`` and their targets or logits, of so many ``channels``."""
     if backend in ("dense", "tiled"):
         return _KERNELS[backend]
-    if backend == "auto" and x.device.type != "cuda":
-        return tiled
-    missing = _missing_for_triton(x.device)
-    if backend == "auto" and missing:
-        return tiled
-    _refuse_triton(missing)
-    if backend == "auto" and not _triton_imports():
-        return tiled
+    if backend == "auto":
+        if not _auto_takes_triton(x, op, channels, reduced):
+            return tiled
+    else:
+        _refuse_triton(_missing_for_triton(x.device))
     from ._kernels import triton
 
-    if backend == "auto" and not triton.pays(op, x.dtype, x.device, channels, reduced):
-        return tiled
     return SimpleNamespace(**{name: partial(getattr(triton, name), reduced=reduced) for name in triton.KERNELS})
+
+
+def _auto_takes_triton(x: Tensor, op: str, channels: tuple[int, int], reduced: bool) -> bool:
+    """Whether Triton is there and pays: where tensor cores may do the products, so not for exact float32."""
+    if x.device.type != "cuda" or _missing_for_triton(x.device) or not _triton_imports():
+        return False
+    from ._kernels import triton
+
+    return triton.pays(op, x.dtype, x.device, channels, reduced)
 
 
 @lru_cache
