@@ -220,10 +220,10 @@ def test_auto_goes_on_where_triton_cannot_be_imported(gpu):
     gpu.setattr(_ops, "find_spec", lambda name: True)
     gpu.setitem(sys.modules, "dlprop._kernels.triton", None)
     gpu.delattr("dlprop._kernels.triton", raising=False)
-    _ops._triton_imports.cache_clear()
+    _ops._import_triton.cache_clear()
     with pytest.warns(RuntimeWarning, match="cannot be imported, .*slower tiled kernels: ModuleNotFound"):
         assert _chosen("auto") is tiled
-    _ops._triton_imports.cache_clear()
+    _ops._import_triton.cache_clear()
 
 
 @needs_triton

@@ -632,8 +632,7 @@ HOST_MUTANTS = {
 
 def _check_case(kernels, device, case, monkeypatch):
     # Walks of two steps, however many programs the device would have.
-    steps_of_two = lambda pixels, visited, *_: (2 * visited, -(-pixels // (2 * visited)))  # noqa: E731
-    monkeypatch.setattr(kernels, "_walk", steps_of_two)
+    monkeypatch.setattr(kernels, "_walk", lambda pixels, visited, *_: (2 * visited, -(-pixels // (2 * visited))))
     if case == "low":
         test_similarities_far_below_zero(kernels, device)
     elif case == "softmax":

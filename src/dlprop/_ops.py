@@ -2,8 +2,8 @@
 
 `dlprop::derivative_l1` and `dlprop::softmax_affinity` are opaque to the compiler, so that
 their loops over tiles neither unroll nor specialise on sizes. All return the dtype they are given, also under autocast,
-and none can be differentiated twice. ``reduced`` says that autocast is on: the Triton kernels may then multiply float32
-in reduced precision, as where torch's setting allows TF32; the others never do.
+and none can be differentiated twice. With ``reduced``, which autocast turns on, the Triton kernels may multiply float32
+in fewer bits, as where torch's setting allows TF32; the others never do.
 """
 
 from __future__ import annotations
@@ -88,16 +88,15 @@ def _kernels(
 
 def _auto_takes_triton(x: Tensor, op: str, channels: tuple[int, int], reduced: bool) -> bool:
     """Whether Triton is there and pays: where tensor cores may do the products, so not for exact float32."""
-    if x.device.type != "cuda" or _missing_for_triton(x.device) or not _triton_imports():
+    if x.device.type != "cuda" or _missing_for_triton(x.device):
         return False
-    from ._kernels import triton
-
-    return triton.pays(op, x.dtype, x.device, channels, reduced)
+    triton = _import_triton()
+    return triton is not None and bool(triton.pays(op, x.dtype, x.device, channels, reduced))
 
 
 @lru_cache
-def _triton_imports() -> bool:
-    """Whether Triton can be imported; a broken one must not stop those who did not ask for it, only warn them."""
+def _import_triton() -> ModuleType | None:
+    """The module of the Triton kernels; a broken Triton must not stop those who did not ask for it, only warn them."""
     try:
         from ._kernels import triton
     except Exception as error:
@@ -107,8 +106,8 @@ def _triton_imports() -> bool:
             RuntimeWarning,
             stacklevel=2,
         )
-        return False
-    return triton is not None
+        return None
+    return triton
 
 
 def _refuse_second_derivative(*_: Any) -> None:
