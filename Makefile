@@ -11,7 +11,7 @@ WORKERS ?= 2
 help:
 	@echo "make demo        train the example on generated scenes and print its table (under 5 minutes)"
 	@echo "make test        lint, types and all tests, doctests and the built wheel (under 15 minutes)"
-	@echo "make test-quick  the tests that are not marked slow (under 5 minutes)"
+	@echo "make test-quick  the quick tests of the library alone (under 90 seconds)"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       speed, memory and accuracy of the library on this machine (under 4 minutes)"
 	@echo "make bench-full  the same with every competitor and size; writes benchmarks/results, tables and plots"
@@ -40,7 +40,7 @@ test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-quick: .venv/installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" --ignore tests/example --ignore tests/pages
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -57,7 +57,7 @@ docs: .venv/installed-docs
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
 
 wheel-test: .venv/installed-dev
-	$(BIN)/python -m pytest tests/empty_environment.py
+	$(BIN)/python -m pytest tests/pages/empty_environment.py
 
 release-check: .venv/installed-release
 	rm -rf dist

@@ -1,8 +1,8 @@
 """Label-propagation primitives for semantic segmentation, linear in the number of pixels.
 
-`DerivativeLabelPropagation` carries class logits along the derivative similarities of pixel features, `DerivativeLoss`
-shapes those features, and `MomentumAverager` averages the network that makes them. From the paper "Semi-Supervised
-Semantic Segmentation via Derivative Label Propagation" (DerProp).
+`DerivativeLabelPropagation` averages class logits over pixels with similar features, `DerivativeLoss` shapes those
+features, and `MomentumAverager` averages the network that makes them; the forms of propagation are in
+`dlprop.affinity`. From the paper "Semi-Supervised Semantic Segmentation via Derivative Label Propagation" (DerProp).
 """
 
 from .averaging import MomentumAverager

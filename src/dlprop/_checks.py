@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._precision import autocast_enabled
+
 
 def integer(name: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:
     """Return ``value`` as an int within its bounds; bools and floats are not integers here."""
@@ -56,16 +58,12 @@ def choice(name: str, value: Any, options: tuple[Any, ...]) -> Any:
     return value
 
 
-def order_weights(weights: Sequence[float] | None, max_order: int) -> tuple[float, ...] | None:
-    """Return the weights of the orders 0..max_order as a tuple of floats, or None."""
-    if weights is None:
-        return None
+def weights_of_orders(weights: Any) -> tuple[float, ...]:
+    """Return the weights of the orders 0..Q as a tuple of at least one float."""
     if isinstance(weights, (str, bytes, Tensor)) or not isinstance(weights, Sequence):
-        raise TypeError(f"weights must be a sequence of {max_order + 1} floats or None, got {type(weights).__name__}")
-    if len(weights) != max_order + 1:
-        raise ValueError(
-            f"weights must hold max_order + 1 = {max_order + 1} floats, one for each order, got {len(weights)}"
-        )
+        raise TypeError(f"weights must be a sequence of floats, one for each order 0..Q, got {type(weights).__name__}")
+    if not weights:
+        raise ValueError("weights must hold at least one float, the weight of order 0, got none")
     return tuple(real(f"weights[{q}]", w) for q, w in enumerate(weights))
 
 
@@ -157,9 +155,9 @@ def values_are_known(x: Tensor) -> bool:
     tensors) may not.
     """
     has_values = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and has_values
+    return x.device.type == "cpu" and has_values and not (torch.compiler.is_compiling() or transforms_active())
 
 
-def autocast_enabled(x: Tensor) -> bool:
-    """Whether autocast is on for the device of ``x``."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+def transforms_active() -> bool:
+    """Whether `torch.func` transforms the call: vmap hides values, and every operation must be one it knows."""
+    return bool(torch._C._are_functorch_transforms_active())

@@ -1,53 +1,39 @@
-"""The custom ops: schema, shapes for the compiler, autograd, and the choice of the kernel.
+"""The custom ops: schema, shapes for the compiler, autograd, vmap, and the choice of the kernel.
 
-`dlprop::derivative_l1` and `dlprop::softmax_affinity` are opaque to the compiler, so that
-their loops over tiles neither unroll nor specialise on sizes. All return the dtype they are given, also under autocast,
-and none can be differentiated twice. With ``reduced``, which autocast turns on, the Triton kernels may multiply float32
-in fewer bits, as where torch's setting allows TF32; the others never do.
+`dlprop::pairwise_l1` and `dlprop::softmax_affinity` are opaque to the compiler, so that their loops over tiles neither
+unroll nor specialise on sizes. They take pixels as rows, in float32 or float64, and return the dtype they are given,
+also under autocast. None can be differentiated twice.
 """
 
 from __future__ import annotations
 
-import warnings
-from functools import lru_cache, partial
+from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.autograd.forward_ad import unpack_dual
-from torch.library import define, impl, register_autograd, register_fake
+from torch.library import define, impl, register_autograd, register_fake, register_vmap
 
-from ._kernels import dense, orders, tiled
-from .features import at_least_float32, full_precision
+from ._checks import transforms_active
+from ._precision import exact
 
 __all__: list[str] = []
 
-Backend = Literal["auto", "dense", "tiled", "triton"]
+Backend = Literal["auto", "tiled", "triton"]
 BACKENDS = get_args(Backend)
 
-_KERNELS = {"dense": dense, "tiled": tiled}
+# The module of `_kernels` behind each backend, imported when it is first asked for. "auto" takes only kernels whose
+# speed has been measured on such hardware.
+KERNELS = {"auto": "tiled", "tiled": "tiled", "triton": "triton"}
 
 
-def check_backend(backend: str, x: Tensor, without_kernel: str | None = None) -> None:
-    """Raise ValueError if an explicit backend cannot run on the device of ``x``; "auto" always can.
-
-    ``without_kernel`` names the option, if any, that makes this call plain matrix products.
-    """
-    if backend != "triton":
-        return
-    reason = ""
-    if without_kernel is not None:
-        reason = f"{without_kernel} has no Triton kernel, because it is a few plain matrix products"
-    elif not torch.compiler.is_compiling():  # a compiled graph asks when it runs, in the op
-        reason = _missing_for_triton(x.device)
-    _refuse_triton(reason)
-
-
-def _refuse_triton(reason: str) -> None:
-    if reason:
+def _kernels(backend: str, x: Tensor) -> Any:
+    if backend == "triton" and (reason := _missing_for_triton(x.device)):
         raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto'")
+    return import_module(f"._kernels.{KERNELS[backend]}", __package__)
 
 
 def _missing_for_triton(device: torch.device) -> str:
@@ -60,54 +46,12 @@ def _missing_for_triton(device: torch.device) -> str:
         return ""
     if device.type != "cpu":
         return f"it needs CUDA tensors, and these are on {device}"
-    from ._kernels import triton
-
-    if triton.INTERPRETED:
+    if import_module("._kernels.triton", __package__).INTERPRETED:
         return ""
     return (
         "it needs CUDA tensors, and these are on cpu (to try it there, set TRITON_INTERPRET=1 before Triton is first "
         "imported)"
     )
-
-
-def _kernels(
-    backend: str, x: Tensor, op: str, channels: tuple[int, int], reduced: bool
-) -> ModuleType | SimpleNamespace:
-    """The kernels of ``backend`` for features ``x`` and their targets or logits, of so many ``channels``."""
-    if backend in ("dense", "tiled"):
-        return _KERNELS[backend]
-    if backend == "auto":
-        if not _auto_takes_triton(x, op, channels, reduced):
-            return tiled
-    else:
-        _refuse_triton(_missing_for_triton(x.device))
-    from ._kernels import triton
-
-    return SimpleNamespace(**{name: partial(getattr(triton, name), reduced=reduced) for name in triton.KERNELS})
-
-
-def _auto_takes_triton(x: Tensor, op: str, channels: tuple[int, int], reduced: bool) -> bool:
-    """Whether Triton is there and pays: where tensor cores may do the products, so not for exact float32."""
-    if x.device.type != "cuda" or _missing_for_triton(x.device):
-        return False
-    triton = _import_triton()
-    return triton is not None and bool(triton.pays(op, x.dtype, x.device, channels, reduced))
-
-
-@lru_cache
-def _import_triton() -> ModuleType | None:
-    """The module of the Triton kernels; a broken Triton must not stop those who did not ask for it, only warn them."""
-    try:
-        from ._kernels import triton
-    except Exception as error:
-        warnings.warn(
-            f"dlprop: Triton is installed but cannot be imported, so backend='auto' takes the slower tiled kernels: "
-            f"{type(error).__name__}: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return triton
 
 
 def _refuse_second_derivative(*_: Any) -> None:
@@ -118,105 +62,183 @@ def _refuse_second_derivative(*_: Any) -> None:
     )
 
 
-def _refuse_forward_mode(*tensors: Tensor) -> None:
+def _refuse_forward_mode(*_: Any) -> None:
+    raise RuntimeError(
+        "dlprop: the pairwise loss and the softmax affinity have no forward-mode derivative; use reverse mode, or "
+        "norm='frobenius' or affinity='linear', which have one"
+    )
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
     # A custom op drops the tangent of a dual tensor without a word.
     if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(
-            "dlprop: the pairwise loss and the softmax affinity have no forward-mode derivative; use reverse mode, or "
-            "norm='frobenius' or affinity='linear', which have one"
-        )
+        _refuse_forward_mode()
 
 
-def _check_gradient_was_kept(grad: Tensor, grad_loss: Tensor) -> None:
-    # Only an exported graph can get here: it fixes at export whether the gradient is computed along.
-    if grad.numel() == 0 and grad_loss.numel() > 0:
-        raise RuntimeError(
-            "dlprop: this graph of the pairwise loss was exported for inference; export it with feats that require grad"
-        )
+def _function(op: str, setup: Any, backward: Any) -> Any:
+    """The op as an autograd function for `torch.func`, which cannot differentiate a custom op."""
+    members = {
+        "forward": getattr(torch.ops.dlprop, op),
+        "setup_context": setup,
+        "backward": backward,
+        "jvp": _refuse_forward_mode,
+    }
+    return type(op, (Function,), {"generate_vmap_rule": True} | {k: staticmethod(v) for k, v in members.items()})
+
+
+def _fold_into_batch(op: str) -> Any:
+    """The vmap rule of an op whose tensors all have the batch N first: one call with the vmapped axis folded into N."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        folded = [
+            x
+            if not isinstance(x, Tensor)
+            else (x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)).flatten(0, 1)
+            for x, at in zip(args, in_dims, strict=True)
+        ]
+        outputs = getattr(torch.ops.dlprop, op)(*folded)
+        # An output that nobody asked for is empty, without a batch.
+        is_empty = [x.ndim == 1 and x.numel() == 0 for x in outputs]
+        batched = [x if e else x.unflatten(0, (info.batch_size, -1)) for x, e in zip(outputs, is_empty, strict=True)]
+        return tuple(batched), tuple(None if e else 0 for e in is_empty)
+
+    return rule
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# derivative_l1: the L1 loss of every image, (N,), and its gradient in feats, (N, D, M).
-# feats (N, D, M), normalised; target features (N, D, M), not yet normalised, or int64 labels (N, M), compared for
-# equality, where -1 equals nothing. `_kernels.orders` explains the rest. Without need_grad the second output is empty.
+# pairwise_l1: `sum_ij |a_i . c_j - G_ij|` of every image, (N,), and its gradients in a and c.
+# rows a (N, M, D); target g (N, M, E) with `G_ij = g_i . h_j`, or class numbers (N, M), int32, with
+# `G_ij = [g_i = h_j]` and -1 equal to nothing; columns c (N, K, D) and column_target h likewise, both None for the rows
+# themselves, whose gradient is then that of both roles. Without need_grad, or without columns, an output is empty.
 
 define(
-    "dlprop::derivative_l1",
-    "(Tensor feats, Tensor target, Tensor? valid, Tensor? anchors, Tensor pair_weight, Tensor? eta, bool sum_sparsity,"
-    " int max_order, str scheme, str? normalize, int? tile, str backend, bool reduced, bool need_grad)"
-    " -> (Tensor, Tensor)",
+    "dlprop::pairwise_l1",
+    "(Tensor rows, Tensor target, Tensor? columns, Tensor? column_target, int? tile, str backend, bool need_grad)"
+    " -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-@impl("dlprop::derivative_l1", "default")
-def _derivative_l1(feats: Tensor, target: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    *options, backend, reduced, need_grad = inputs
-    channels = feats.shape[1], target.shape[1] if target.is_floating_point() else 0
-    kernels = _kernels(backend, feats, "derivative_l1", channels, reduced)
-    arguments: tuple[Any, ...] = (*options, kernels, need_grad)
-    with full_precision(feats):
-        loss, grad = orders.derivative_l1(feats, target, *arguments)
-    return loss, feats.new_empty(0) if grad is None else grad.to(feats.dtype).contiguous()
+@impl("dlprop::pairwise_l1", "default")
+def _pairwise_l1(
+    rows: Tensor,
+    target: Tensor,
+    columns: Tensor | None,
+    column_target: Tensor | None,
+    tile: int | None,
+    backend: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = _kernels(backend, rows)
+    own = rows.contiguous(), target.contiguous()
+    grad: Tensor | None
+    column_grad: Tensor | None = None
+    with exact(rows):
+        if columns is None or column_target is None:
+            loss, grad = kernels.pairwise_l1(*own, tile, need_grad)
+        else:
+            other = columns.contiguous(), column_target.contiguous()
+            loss, grad, column_grad = kernels.pairwise_l1_cross(*own, *other, tile, need_grad)
+    return loss, *(rows.new_empty(0) if x is None else x.contiguous() for x in (grad, column_grad))
 
 
-def _derivative_l1_fake(feats: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    return feats.new_empty(feats.shape[0]), feats.new_empty(feats.shape if inputs[-1] else 0)
+def _pairwise_l1_fake(
+    rows: Tensor,
+    target: Tensor,
+    columns: Tensor | None,
+    column_target: Tensor | None,
+    tile: int | None,
+    backend: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(target.shape[:2] == rows.shape[:2], lambda: f"rows {rows.shape} and target {target.shape} must agree")
+    torch._check(rows.dtype in (torch.float32, torch.float64), lambda: f"rows must be float32 or 64, got {rows.dtype}")
+    torch._check((columns is None) == (column_target is None), lambda: "columns and column_target go together")
+    return (
+        rows.new_empty(rows.shape[0]),
+        rows.new_empty(rows.shape if need_grad else 0),
+        rows.new_empty(0 if columns is None or not need_grad else columns.shape),
+    )
 
 
-def _derivative_l1_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    # The gradient is saved as an output, so a second derivative arrives here as a gradient of that output.
+def _pairwise_l1_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    # The gradients are saved as outputs, so a second derivative arrives here as a gradient of those outputs.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(*output[1:])
 
 
-def _derivative_l1_backward(ctx: Any, grad_loss: Tensor | None, second: Tensor | None) -> tuple[Any, ...]:
-    if second is not None:
+def _pairwise_l1_backward(ctx: Any, grad_loss: Tensor | None, *seconds: Tensor | None) -> tuple[Any, ...]:
+    if any(second is not None for second in seconds):
         _refuse_second_derivative()
+    grad, column_grad = ctx.saved_tensors
     if grad_loss is None:
-        return (None,) * 14
-    (grad,) = ctx.saved_tensors
-    _check_gradient_was_kept(grad, grad_loss)
-    return grad_loss[:, None, None] * grad, *(None,) * 13
+        return (None,) * 7
+    if grad.numel() == 0 and grad_loss.numel() > 0:
+        # Only an exported graph can get here: it fixes at export whether the gradient is computed along.
+        raise RuntimeError(
+            "dlprop: this graph of the pairwise loss was exported for inference; export it with feats that require grad"
+        )
+    scale = grad_loss[:, None, None]
+    return scale * grad, None, scale * column_grad if ctx.needs_input_grad[2] else None, None, None, None, None
 
 
-register_fake("dlprop::derivative_l1", _derivative_l1_fake)
-register_autograd("dlprop::derivative_l1", _derivative_l1_backward, setup_context=_derivative_l1_setup)
+register_fake("dlprop::pairwise_l1", _pairwise_l1_fake)
+register_autograd("dlprop::pairwise_l1", _pairwise_l1_backward, setup_context=_pairwise_l1_setup)
+register_vmap("dlprop::pairwise_l1", _fold_into_batch("pairwise_l1"))
+_PairwiseL1 = _function("pairwise_l1", _pairwise_l1_setup, _pairwise_l1_backward)
+
+
+def pairwise_l1(
+    rows: Tensor,
+    target: Tensor,
+    columns: Tensor | None = None,
+    column_target: Tensor | None = None,
+    *,
+    tile: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The losses of `dlprop::pairwise_l1`; the gradient is computed along if one will be asked for."""
+    _refuse_tangents(rows)
+    need_grad = torch.is_grad_enabled() and rows.requires_grad
+    op = _PairwiseL1.apply if transforms_active() else torch.ops.dlprop.pairwise_l1
+    loss: Tensor = op(rows, target, columns, column_target, tile, backend, need_grad)[0]
+    return loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# softmax_affinity: L softmax(Q^T K, -1), (N, C, M'), and the log-sum-exp of every row, (N, M), kept for backward.
-# logits L (N, C, M), queries Q (N, E, M) of the sources, keys K (N, E, M') of the targets.
+# softmax_affinity: `sum_i softmax(q_i . K)_j l_i` of every target j, (N, M', C), and the log-sum-exp of every source,
+# (N, M), kept for backward. logits l (N, M, C), queries q (N, M, E) of the sources, keys (N, M', E) of the targets.
 
 define(
     "dlprop::softmax_affinity",
-    "(Tensor logits, Tensor queries, Tensor keys, int? chunk, str backend, bool reduced=False) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor queries, Tensor keys, int? chunk, str backend) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 define(
     "dlprop::softmax_affinity_backward",
     "(Tensor grad, Tensor logits, Tensor queries, Tensor keys, Tensor lse, int? chunk, str backend,"
-    " bool reduced, bool need_queries, bool need_keys) -> (Tensor, Tensor, Tensor)",
+    " bool need_queries, bool need_keys) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @impl("dlprop::softmax_affinity", "default")
 def _softmax_affinity(
-    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str, reduced: bool = False
+    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    channels = queries.shape[1], logits.shape[1]
-    with full_precision(logits):
-        kernels = _kernels(backend, queries, "softmax_affinity", channels, reduced)
-        out, lse = kernels.softmax_affinity(logits, queries, keys, chunk)
-    return out.to(logits.dtype).contiguous(), at_least_float32(lse)
+    with exact(logits):
+        inputs = (x.contiguous() for x in (logits, queries, keys))
+        out, lse = _kernels(backend, queries).softmax_affinity(*inputs, chunk)
+    return out.contiguous(), lse
 
 
 def _softmax_affinity_fake(
-    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str, reduced: bool = False
+    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    N, C, M = logits.shape
-    return logits.new_empty(N, C, keys.shape[2]), at_least_float32(queries.new_empty(N, M))
+    torch._check(logits.shape[:2] == queries.shape[:2], lambda: f"{logits.shape} and {queries.shape} must agree")
+    torch._check(keys.shape[2] == queries.shape[2], lambda: f"{keys.shape} and {queries.shape} must agree")
+    N, M, C = logits.shape
+    return logits.new_empty(N, keys.shape[1], C), queries.new_empty(N, M)
 
 
 @impl("dlprop::softmax_affinity_backward", "default")
@@ -228,19 +250,12 @@ def _softmax_affinity_backward(
     lse: Tensor,
     chunk: int | None,
     backend: str,
-    reduced: bool,
-    need_queries: bool,
-    need_keys: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = logits, queries, keys
-    channels = queries.shape[1], logits.shape[1]
-    with full_precision(logits):
-        kernels = _kernels(backend, queries, "softmax_affinity", channels, reduced)
-        grads = kernels.softmax_affinity_backward(grad, *inputs, lse, chunk, need_queries, need_keys)
-    grad_logits, grad_queries, grad_keys = (
-        x.new_empty(0) if g is None else g.to(x.dtype).contiguous() for g, x in zip(grads, inputs, strict=True)
-    )
-    return grad_logits, grad_queries, grad_keys
+    *need: bool,
+) -> tuple[Tensor, ...]:
+    with exact(logits):
+        inputs = (x.contiguous() for x in (grad, logits, queries, keys, lse))
+        grads = _kernels(backend, queries).softmax_affinity_backward(*inputs, chunk, *need)
+    return tuple(logits.new_empty(0) if g is None else g.contiguous() for g in grads)
 
 
 def _softmax_affinity_backward_fake(
@@ -251,10 +266,10 @@ def _softmax_affinity_backward_fake(
     lse: Tensor,
     chunk: int | None,
     backend: str,
-    reduced: bool,
-    need_queries: bool,
-    need_keys: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *need: bool,
+) -> tuple[Tensor, ...]:
+    torch._check(grad.shape[1] == keys.shape[1], lambda: f"{grad.shape} and {keys.shape} must agree")
+    need_queries, need_keys = need
     return (
         logits.new_empty(logits.shape),
         queries.new_empty(queries.shape if need_queries else 0),
@@ -264,42 +279,33 @@ def _softmax_affinity_backward_fake(
 
 def _softmax_affinity_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    logits, queries, keys, *ctx.options = inputs
+    logits, queries, keys, ctx.chunk, ctx.backend = inputs
     ctx.save_for_backward(logits, queries, keys, output[1])
 
 
 def _softmax_affinity_grad(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 6
+        return (None,) * 5
     logits, queries, keys, lse = ctx.saved_tensors
-    _, need_queries, need_keys, *_ = ctx.needs_input_grad
-    grad_logits, grad_queries, grad_keys = torch.ops.dlprop.softmax_affinity_backward(
-        grad, logits, queries, keys, lse.detach(), *ctx.options, need_queries, need_keys
-    )
-    return grad_logits, grad_queries if need_queries else None, grad_keys if need_keys else None, None, None, None
+    _, *need, _, _ = ctx.needs_input_grad
+    op = _SoftmaxAffinityBackward.apply if transforms_active() else torch.ops.dlprop.softmax_affinity_backward
+    grad_logits, *grads = op(grad, logits, queries, keys, lse.detach(), ctx.chunk, ctx.backend, *need)
+    return grad_logits, *(g if needed else None for g, needed in zip(grads, need, strict=True)), None, None
 
 
 register_fake("dlprop::softmax_affinity", _softmax_affinity_fake)
 register_fake("dlprop::softmax_affinity_backward", _softmax_affinity_backward_fake)
 register_autograd("dlprop::softmax_affinity", _softmax_affinity_grad, setup_context=_softmax_affinity_setup)
 register_autograd("dlprop::softmax_affinity_backward", _refuse_second_derivative)
+register_vmap("dlprop::softmax_affinity", _fold_into_batch("softmax_affinity"))
+register_vmap("dlprop::softmax_affinity_backward", _fold_into_batch("softmax_affinity_backward"))
+_SoftmaxAffinity = _function("softmax_affinity", _softmax_affinity_setup, _softmax_affinity_grad)
+_SoftmaxAffinityBackward = _function("softmax_affinity_backward", lambda *_: None, _refuse_second_derivative)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Typed calls of the ops.
-
-
-def derivative_l1(feats: Tensor, *inputs: Any) -> Tensor:
-    """The losses of `dlprop::derivative_l1`; the gradient is computed along if one will be asked for."""
-    _refuse_forward_mode(feats)
-    loss: Tensor = torch.ops.dlprop.derivative_l1(feats, *inputs, torch.is_grad_enabled() and feats.requires_grad)[0]
-    return loss
-
-
-def softmax_affinity(
-    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str, reduced: bool
-) -> Tensor:
+def softmax_affinity(logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str) -> Tensor:
     """The propagated logits of `dlprop::softmax_affinity`."""
-    _refuse_forward_mode(logits, queries, keys)
-    out: Tensor = torch.ops.dlprop.softmax_affinity(logits, queries, keys, chunk, backend, reduced)[0]
+    _refuse_tangents(logits, queries, keys)
+    op = _SoftmaxAffinity.apply if transforms_active() else torch.ops.dlprop.softmax_affinity
+    out: Tensor = op(logits, queries, keys, chunk, backend)[0]
     return out

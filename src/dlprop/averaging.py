@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import _checks
@@ -23,8 +24,8 @@ class MomentumAverager(AveragedModel):
     The first update copies. Call `update` after each epoch (the paper's Eq. 6, with momentum 0.5) or after each step
     (then for instance momentum 0.996). The copy, `.module`, needs no gradient and stays in eval mode, whatever
     `train()` is called on; calling the averager calls it. It is a `torch.optim.swa_utils.AveragedModel`, and whatever
-    takes one takes it, but for `update_bn`: that needs train mode, so give it `averager.module` (given the averager
-    it would reset the statistics and never refill them).
+    takes one takes it: `torch.optim.swa_utils.update_bn(loader, averager)` refills the statistics of its BatchNorm
+    layers, which are in train mode then and only then (layers made with `momentum=None` are not refilled).
 
     The average has the dtype of `model` at construction. In half precision small steps round away, so build it from
     the float32 model and cast the model afterwards; updates convert.
@@ -33,7 +34,7 @@ class MomentumAverager(AveragedModel):
         model: the module to follow; DistributedDataParallel, DataParallel and `torch.compile` wrappers are removed.
         momentum: weight `m` of the old average in [0, 1], or a callable from the number of updates already made to it.
         buffers: what to do with floating buffers such as BatchNorm's statistics: "average" them, "copy" them, or
-            leave them ("none"; recompute them with `update_bn(loader, averager.module)`). Other buffers, such as
+            leave them ("none"; recompute them with `update_bn(loader, averager)`). Other buffers, such as
             counters, are always copied.
 
     Raises:
@@ -71,10 +72,26 @@ class MomentumAverager(AveragedModel):
         self.buffer_mode = buffers
         self.module.requires_grad_(False)
         self.train(False)
+        self._batch_norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.momentum is not None]
+        # `n_averaged` as a number of the host, which would wait for the device to read it; None to read it once.
+        self._updates: int | None = 0
+        cast("Any", self).register_load_state_dict_post_hook(_read_updates_again)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, whatever ``mode`` is: the average is for prediction only."""
         return super().train(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the averaged model returns."""
+        # `update_bn` alone takes the momentum of BatchNorm layers away, and gives it back when it is done.
+        refilled = [m for m in self._batch_norms if m.momentum is None]
+        for m in refilled:
+            m.train()
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            for m in refilled:
+                m.eval()
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -82,7 +99,7 @@ class MomentumAverager(AveragedModel):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         pairs = self._pairs(unwrap(model))
-        updates = int(self.n_averaged)
+        updates = int(self.n_averaged) if self._updates is None else self._updates
         momentum = self.momentum
         if callable(momentum):
             momentum = _checks.real("momentum(updates)", momentum(updates), 0.0, 1.0)
@@ -100,6 +117,7 @@ class MomentumAverager(AveragedModel):
             for averaged, current in groups.values():
                 average(averaged, current, updates)
         self.n_averaged += 1
+        self._updates = updates + 1
 
     update = update_parameters
 
@@ -129,6 +147,10 @@ class MomentumAverager(AveragedModel):
     def extra_repr(self) -> str:
         """The options, for print."""
         return f"momentum={self.momentum!r}, buffers={self.buffer_mode!r}"
+
+
+def _read_updates_again(averager: MomentumAverager, _: Any) -> None:
+    averager._updates = None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

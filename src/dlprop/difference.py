@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
+from ._precision import at_least_float32
 
 __all__ = ["finite_difference"]
 
@@ -73,7 +75,7 @@ def difference(x: Tensor, order: int, dim: int, scheme: Scheme) -> Tensor:
     """`finite_difference` without the checks."""
     if order == 0:
         return x
-    y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    y = at_least_float32(x)
     if scheme == "forward":
         y = torch.diff(y, n=order, dim=dim)
     elif scheme == "laplacian":
@@ -99,7 +101,7 @@ def difference_adjoint(y: Tensor, order: int, dim: int, scheme: Scheme) -> Tenso
     return -mirrored if scheme in ("forward", "central") and order % 2 else mirrored
 
 
-def metric(x: Tensor, weights: tuple[float, ...], dim: int, scheme: Scheme) -> Tensor:
+def metric(x: Tensor, weights: Sequence[float], dim: int, scheme: Scheme) -> Tensor:
     """`K x` along ``dim`` with the banded `K = sum_q w_q A_q^T A_q` of `dlprop.theory.derivative_metric`.
 
     Order by order as stencils: O(Q) passes over ``x``, and no matrix whose size the compiler would have to fix.

@@ -1,9 +1,9 @@
-"""What happens to features before they are compared: flattening, normalisation and resizing."""
+"""What happens to features before they are compared, and pixels as affinities see them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ._checks import autocast_enabled
-from ._products import pixel_norm
+from ._precision import at_least_float32
 
 __all__: list[str] = []
 
@@ -21,18 +20,8 @@ NORMALIZATIONS = get_args(Normalize)
 
 # Below this a norm is rounding noise; in float32 or better it is a normal number.
 EPS = 1e-12
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which autocast does not lower the precision of products on the device of ``x``."""
-    if autocast_enabled(x):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """``x`` in float32 if it is in half precision, otherwise ``x`` itself."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+# Numbers that one step of a norm takes at a time on the CPU, so that its temporary stays in cache.
+NORM_STEP = 1 << 20
 
 
 def flatten(x: Tensor) -> Tensor:
@@ -40,24 +29,105 @@ def flatten(x: Tensor) -> Tensor:
     return rearrange(x, "n d h w -> n d (h w)") if x.ndim == 4 else x
 
 
-def inverse_norm(x: Tensor, p: int) -> Tensor:
-    """`1 / ||x_i||_p` of every pixel, (N, D, ...) -> (N, 1, ...); 0 with zero gradient for a zero vector.
+def inverse_norm(x: Tensor, p: int, dim: int = 1) -> Tensor:
+    """`1 / ||x_i||_p` for p = 1 or 2 along ``dim``, which is kept with size 1; 0 with zero gradient for a zero vector.
 
     A plain `1 / max(norm, eps)` would give a zero vector the gradient `1 / eps`.
     """
-    norm = pixel_norm(x, p)
-    is_zero = norm == 0  # false for NaN, which therefore stays NaN
-    return torch.where(is_zero, 0, 1 / torch.where(is_zero, 1, norm.clamp_min(EPS)))
+    total = _sum_of_powers(x, p, dim)
+    is_zero = total == 0  # false for NaN, which therefore stays NaN
+    norm = torch.where(is_zero, 1, total)
+    return torch.where(is_zero, 0, 1 / (norm if p == 1 else norm.sqrt()).clamp_min(EPS))
 
 
-def normalize_features(x: Tensor, normalize: Normalize) -> Tensor:
-    """Features (N, D, ...) normalised over their channels, in at least float32."""
+def _sum_of_powers(x: Tensor, p: int, dim: int) -> Tensor:
+    def total(part: Tensor) -> Tensor:
+        return (part.abs() if p == 1 else part.square()).sum(dim=dim, keepdim=True)
+
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= NORM_STEP:
+        return total(x)
+    # torch's norm over strided channels takes five times as long as adding up a few of them at a time.
+    parts = x.split(max(2, NORM_STEP * x.shape[dim] // x.numel()), dim=dim)
+    return sum((total(part) for part in parts[1:]), total(parts[0]))
+
+
+def normalize_features(x: Tensor, normalize: Normalize, dim: int = 1) -> Tensor:
+    """Features normalised over their channels along ``dim``, in at least float32."""
     x = at_least_float32(x)
     if normalize == "softmax":
-        return x.softmax(dim=1)
+        return x.softmax(dim=dim)
     if normalize is None:
         return x
-    return x * inverse_norm(x, 1 if normalize == "l1" else 2)
+    return x * inverse_norm(x, 1 if normalize == "l1" else 2, dim)
+
+
+@dataclass(frozen=True)
+class Upsampling:
+    """The bilinear resize `U` from the grid of the features to that of the logits, without antialias, and its adjoint.
+
+    Attributes:
+        grid: height and width of the features.
+        size: height and width of the logits, larger as a rule but not always.
+        align_corners: as in `torch.nn.functional.interpolate`.
+    """
+
+    grid: Sequence[int]
+    size: Sequence[int]
+    align_corners: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x U` of flat (N, C, m), (N, C, M)."""
+        return resize(x.unflatten(2, self.grid), self.size, self.align_corners).flatten(2)
+
+    def resample(self, x: Tensor) -> Tensor:
+        """(N, C, M) resized to the points of the features, (N, C, m): an interpolation, which skips pixels."""
+        return resize(x.unflatten(2, self.size), self.grid, self.align_corners).flatten(2)
+
+    def adjoint(self, x: Tensor) -> Tensor:
+        """`x U^T` of flat (N, C, M), (N, C, m); a column of U sums to 1, so the sum over the pixels stays.
+
+        Bilinear resizing is separable, so both its factors are small matrices and their products, unlike a scatter, are
+        deterministic on every device.
+        """
+        rows, columns = (
+            _interpolation_matrix(source, target, self.align_corners, like=x)
+            for source, target in zip(self.grid, self.size, strict=True)
+        )
+        adjoint: Tensor = (rows.mT @ x.unflatten(2, self.size)) @ columns
+        return adjoint.flatten(2)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The source or the target pixels of one propagation as an affinity sees them: flat, in at least float32.
+
+    M pixels have logits, m points have features. They are the same, unless propagation runs at the resolution of the
+    logits: then `upsample` and its adjoint `gather` lead from one to the other.
+
+    Attributes:
+        feats: `(N, D, m)`, never modified nor masked; `targets.feats is sources.feats` where they are the same.
+        logits: `(N, C, M)`. Of a source what it gives, 0 where a mask leaves it out; of a target its own, masked or
+            not, and 0 where the targets are other pixels than the sources.
+        counts: `(N, 1, M)`, how many sources a source pixel stands for; None is one for each.
+        upsampling: between the two grids, None where they are one.
+    """
+
+    feats: Tensor
+    logits: Tensor
+    counts: Tensor | None = None
+    upsampling: Upsampling | None = None
+
+    def upsample(self, x: Tensor) -> Tensor:
+        """`x U`: (N, K, m) at the points of the features as (N, K, M) at the pixels."""
+        return x if self.upsampling is None else self.upsampling(x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`x U^T`: (N, K, M) at the pixels, added up at the points of the features, (N, K, m)."""
+        return x if self.upsampling is None else self.upsampling.adjoint(x)
+
+    def counted(self, x: Tensor) -> Tensor:
+        """``x`` (N, K, M), every pixel times the sources it stands for."""
+        return x if self.counts is None else x * self.counts
 
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
@@ -67,22 +137,10 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     return F.interpolate(at_least_float32(x), size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
-def interpolation_matrix(source: int, target: int, align_corners: bool, like: Tensor) -> Tensor:
+def _interpolation_matrix(source: int, target: int, align_corners: bool, like: Tensor) -> Tensor:
     """The (target, source) matrix of one-dimensional linear resizing: the resized columns of the identity."""
     identity = torch.eye(source, dtype=like.dtype, device=like.device)
     return F.interpolate(identity[None], size=target, mode="linear", align_corners=align_corners)[0].T
-
-
-def resize_adjoint(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    """The adjoint `x U^T` of the bilinear upsampling `U` from the grid ``size`` to the grid of ``x``.
-
-    Bilinear resizing is separable, so both its factors are small matrices and their products, unlike a scatter, are
-    deterministic on every device.
-    """
-    x = at_least_float32(x)
-    rows = interpolation_matrix(size[0], x.shape[2], align_corners, like=x)
-    columns = interpolation_matrix(size[1], x.shape[3], align_corners, like=x)
-    return (rows.mT @ x) @ columns
 
 
 def nearest_rows(source: int, target: int, align_corners: bool, device: torch.device) -> Tensor:

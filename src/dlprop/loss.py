@@ -1,62 +1,43 @@
-"""The pairwise derivative loss: similarities of every order drawn to those of labels or of another view."""
+"""The pairwise derivative loss: pull the similarities of every order towards those of labels or of another view."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _checks
-from ._kernels import dense
-from ._ops import BACKENDS, Backend, check_backend, derivative_l1
-from ._products import gram, grams_of_difference, sum_abs_difference
+from ._ops import BACKENDS, Backend, pairwise_l1
+from ._precision import at_least_float32, exact
 from .difference import SCHEMES, STEP, Scheme, difference
-from .features import NORMALIZATIONS, Normalize, flatten, full_precision, normalize_features, sample_nearest
+from .features import NORMALIZATIONS, Normalize, flatten, normalize_features, sample_nearest
+from .squared import clamped, class_sums, squared_pairs
 
-__all__ = ["DerivativeLoss", "derivative_loss"]
+__all__ = ["DerivativeLoss"]
 
 Norm = Literal["l1", "frobenius"]
 NORMS = get_args(Norm)
 Reduction = Literal["none", "mean", "sum"]
 REDUCTIONS = get_args(Reduction)
 
-# Ignored pixels carry this label inside the kernels, where it equals nothing.
-IGNORED = -1
 
+@dataclass(kw_only=True, eq=False, repr=False)
+class DerivativeLoss(nn.Module):
+    r"""Distance of the derivative similarities of features to a target's, plus a sparsity term.
 
-def derivative_loss(
-    feats: Tensor,
-    target: Tensor,
-    *,
-    mask: Tensor | None = None,
-    max_order: int = 1,
-    eta: float = 0.5,
-    norm: Norm = "l1",
-    scheme: Scheme = "forward",
-    normalize: Normalize = "l1",
-    ignore_index: int = 255,
-    reduction: Reduction = "mean",
-    align_corners: bool = True,
-    num_anchors: int | None = None,
-    chunk_size: int | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    r"""Distance of the derivative similarities of `feats` to a target's, plus a sparsity term.
-
-    `\sum_{q=0}^{Q} \sum_ij |S_q(i, j) - G_q(i, j)| + eta \sum |A_{Q+1} V|`, with `S_q = (A_q V)^T (A_q V)` and
+    `loss(feats, target)` is `\sum_{q=0}^{Q} \sum_ij |S_q(i, j) - G_q(i, j)| + eta \sum |A_{Q+1} V|`, with
+    `S_q = (A_q V)^T (A_q V)` and
 
     - labelled form (`target` integer): `G_q(i, j) = 1` where the labels of pixels i and j are equal, else 0,
     - consistency form (`target` floating): `G_q = (A_q V')^T (A_q V')` of the target features `V'`, without gradient.
 
-    No M x M matrix is formed: value and gradient come from one pass over tiles.
+    No matrix of all pairs is formed: value and gradient of an order come from one pass over tiles. The module has no
+    parameters, no buffers and no state_dict keys.
 
     Args:
-        feats: features `V`, floating, `(N, D, H, W)` or `(N, D, M)`.
-        target: integer labels `(N, H', W')` (or `(N, M)` with flat features), each `>= 0` or equal to `ignore_index`
-            and compared only for equality; or features of the shape of `feats`. Labels on another grid are sampled at
-            the points of the features. The dtype decides: a floating target is always read as features.
-        mask: bool on the target's grid; False pixels are ignored, in both forms.
         max_order: highest order `Q` of the difference in the pair terms; the sparsity term has order `Q + 1`.
         eta: weight of the sparsity term, `>= 0`.
         norm: "l1", the paper's, or "frobenius", the squared residuals in time linear in M (the sparsity term stays L1).
@@ -69,317 +50,238 @@ def derivative_loss(
             formula above summed over images.
         align_corners: how labels on another grid are sampled: row `round(i (H' - 1) / (H - 1))` if True, else
             `floor((i + 1/2) H' / H)`.
-        num_anchors: compare all pixels with `K` target pixels only, drawn anew at each call without replacement from
-            torch's default generator: unbiased, O(M K D). Not with "frobenius".
+        num_anchors: compare all pixels with `K` target pixels only, drawn from the valid ones of each image, anew at
+            each call, without replacement, from torch's default generator: unbiased, O(M K D), and exact where an
+            image has no more than `K`. Not with "frobenius".
         chunk_size: tile edge in pixels; None chooses by device.
-        backend: "auto", "dense" (the M x M matrices, for reference), "tiled", or "triton" (NVIDIA GPUs of compute
-            capability 8.0 or newer, `norm` "l1"). "auto" takes "triton" there where products need only the 11 bits of
-            TF32: if torch's setting for float32 products allows TF32, and against labels under autocast. All else is
-            computed in the dtype of `feats`, but at least float32. "frobenius" knows only "dense" and its linear-time
-            form.
-
-    Returns:
-        A scalar, or `(N,)` with reduction "none", in the dtype of `feats` but at least float32. With no valid pair the
-        pair terms are 0 with zero gradient; an empty batch gives 0. Differentiating twice raises, in eager mode;
-        `torch.compile` itself does not support second derivatives and may return 0 for them.
+        backend: "auto", "tiled" (any device) or "triton" (NVIDIA GPUs of compute capability 8.0 or newer; not with
+            "frobenius", which is a few matrix products). "auto" is "tiled": no other kernel's speed has been measured
+            yet.
 
     Raises:
-        TypeError: `feats` not floating, a floating target of another dtype outside autocast, a mask that is not bool,
-            options of the wrong type.
-        ValueError: shapes, batches or devices that disagree, `(Q + 1) * step >= D`, negative labels other than
-            `ignore_index` (CPU, eager mode), `eta < 0`, unknown options, `num_anchors` with "frobenius", or a backend
-            that cannot run here.
+        TypeError: at construction, options of the wrong type; at the call, `feats` not floating, a floating target of
+            another dtype outside autocast, a mask that is not bool.
+        ValueError: at construction, unknown options, `eta < 0`, `num_anchors` or "triton" with "frobenius"; at the
+            call, shapes, batches or devices that disagree, `(Q + 1) * step >= D`, negative labels other than
+            `ignore_index` (CPU, eager mode), or a backend that cannot run here.
 
     Cost:
         "l1": time 4 M^2 D an image and order against features, 3 M^2 D against labels, value and gradient together; on
-        CPUs labels at order 0 take O(M D) where features are known to be non-negative with sum 1. Memory O(M D): three
-        times the features at the peak, beside inputs and gradient.
+        CPUs in eager mode labels at order 0 take O(M D) where features are known to be non-negative with sum 1. Memory
+        O(M D): six times the features at the peak of two orders, beside inputs and gradient.
         "frobenius": time O(M D^2) whatever the order, memory O(M D); in float32 a value below 1e-7 of a mean pair of
         labels is rounding.
         With `num_anchors=K`: time O(M K D).
 
     Example:
         >>> feats = torch.eye(3)[None]  # N=1, D=3, M=3: three pixels on three channels
-        >>> derivative_loss(feats, torch.tensor([[0, 1, 2]]), eta=0.0, max_order=0)  # S is already Y^T Y
+        >>> loss = DerivativeLoss(eta=0.0, max_order=0)
+        >>> loss(feats, torch.tensor([[0, 1, 2]]))  # every pixel is similar to itself alone
         tensor(0.)
-        >>> derivative_loss(feats, torch.tensor([[0, 0, 255]]), eta=0.0, max_order=0, reduction="sum")
-        tensor(2.)
-
-    Reference:
-        DerProp, Eq. 3, 8 and 9.
-    """
-    options = _check_options(
-        max_order,
-        eta,
-        norm,
-        scheme,
-        normalize,
-        ignore_index,
-        reduction,
-        align_corners,
-        num_anchors,
-        chunk_size,
-        backend,
-    )
-    _check_tensors(feats, target, mask, max_order, scheme, ignore_index)
-    check_backend(backend, feats, "norm='frobenius'" if norm == "frobenius" else None)
-
-    eta = options["eta"]
-    # Residuals of labels are large. Those of another view may be smaller than what rounding the products leaves.
-    reduced = _checks.autocast_enabled(feats) and not target.is_floating_point()
-    with full_precision(feats):
-        V = normalize_features(flatten(feats), normalize)
-        N, D, M = V.shape
-        if target.is_floating_point():
-            labels, valid = None, None if mask is None else mask.reshape(N, M)
-        else:
-            labels, valid = _labels(target, mask, feats, ignore_index, align_corners)
-        if reduction == "sum":
-            pair_weight = V.new_ones(N)
-        else:
-            pairs = V.new_full((N,), M) if valid is None else valid.sum(dim=1).to(V.dtype)
-            pair_weight = 1 / pairs.square().clamp_min(1)
-
-        if norm == "frobenius":
-            G = normalize_features(flatten(target.detach()), normalize).to(V.dtype) if labels is None else labels
-            per_image = pair_weight * _frobenius(V, G, valid, max_order, scheme, is_dense=backend == "dense")
-            if eta != 0:
-                elements = 1 if reduction == "sum" else (D - (max_order + 1) * STEP[scheme]) * M
-                per_image = per_image + eta / elements * sum_abs_difference(V, max_order + 1, scheme)
-        else:
-            V = V.mT.contiguous().mT  # pixels as rows, as the kernels read them: they need no copy beside V
-            per_image = derivative_l1(
-                V,
-                flatten(target.detach()) if labels is None else labels,
-                valid,
-                None if num_anchors is None or num_anchors >= M else _draw(num_anchors, V),
-                pair_weight,
-                None if eta == 0 else eta * V.new_ones(()),
-                reduction == "sum",
-                max_order,
-                scheme,
-                normalize,
-                chunk_size,
-                backend,
-                reduced,
-            )
-        if reduction == "none":
-            return per_image
-        return per_image.sum() if reduction == "sum" else per_image.sum() / max(N, 1)
-
-
-class DerivativeLoss(nn.Module):
-    """The pairwise derivative loss as a Module: options at construction, tensors at the call.
-
-    It has no parameters, no buffers and no state_dict keys. See `dlprop.loss.derivative_loss` for the formula, every
-    option, the errors and the cost.
-
-    Example:
-        >>> loss = DerivativeLoss()
-        >>> feats = torch.rand(2, 64, 33, 33, requires_grad=True)
-        >>> labels = torch.randint(0, 21, (2, 129, 129))
-        >>> loss(feats, labels).backward()  # labelled form
-        >>> loss(feats, torch.rand(2, 64, 33, 33)).ndim  # consistency with another view's features
+        >>> loss(feats, torch.tensor([[0, 0, 1]]))  # pixels 0 and 1 should be alike: 2 of 9 pairs are off by 1
+        tensor(0.2222)
+        >>> loss(feats, torch.rand(1, 3, 3)).ndim  # consistency with another view's features
         0
 
     Reference:
         DerProp, Eq. 3, 8 and 9.
     """
 
-    def __init__(
-        self,
-        *,
-        max_order: int = 1,
-        eta: float = 0.5,
-        norm: Norm = "l1",
-        scheme: Scheme = "forward",
-        normalize: Normalize = "l1",
-        ignore_index: int = 255,
-        reduction: Reduction = "mean",
-        align_corners: bool = True,
-        num_anchors: int | None = None,
-        chunk_size: int | None = None,
-        backend: Backend = "auto",
-    ) -> None:
+    max_order: int = 1
+    eta: float = 0.5
+    norm: Norm = "l1"
+    scheme: Scheme = "forward"
+    normalize: Normalize = "l1"
+    ignore_index: int = 255
+    reduction: Reduction = "mean"
+    align_corners: bool = True
+    num_anchors: int | None = None
+    chunk_size: int | None = None
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.options: dict[str, Any] = _check_options(
-            max_order, eta, norm, scheme, normalize, ignore_index, reduction, align_corners, num_anchors, chunk_size,
-            backend,
-        )  # fmt: skip
+        self.max_order = _checks.integer("max_order", self.max_order, 0)
+        self.eta = _checks.real("eta", self.eta, 0.0)
+        _checks.choice("norm", self.norm, NORMS)
+        _checks.choice("scheme", self.scheme, SCHEMES)
+        _checks.choice("normalize", self.normalize, NORMALIZATIONS)
+        self.ignore_index = _checks.integer("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
+        _checks.choice("reduction", self.reduction, REDUCTIONS)
+        _checks.boolean("align_corners", self.align_corners)
+        self.num_anchors = _checks.optional_integer("num_anchors", self.num_anchors, 1)
+        self.chunk_size = _checks.optional_integer("chunk_size", self.chunk_size, 1)
+        _checks.choice("backend", self.backend, BACKENDS)
+        if self.norm == "frobenius" and self.num_anchors is not None:
+            raise ValueError(
+                "num_anchors must be None with norm='frobenius', which is linear in the pixels anyway, got "
+                f"{self.num_anchors}"
+            )
+        if self.norm == "frobenius" and self.backend == "triton":
+            raise ValueError(
+                "backend must be 'auto' or 'tiled' with norm='frobenius', which is a few matrix products and has no "
+                "Triton kernel, got 'triton'"
+            )
 
     def forward(self, feats: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """The loss of ``feats`` against labels or features; see `derivative_loss`."""
-        return derivative_loss(feats, target, mask=mask, **self.options)
+        """The loss of ``feats`` against labels or against the features of another view.
+
+        Args:
+            feats: features `V`, floating, `(N, D, H, W)` or `(N, D, M)`.
+            target: integer labels `(N, H', W')` (or `(N, M)` with flat features), each `>= 0` or equal to
+                `ignore_index` and compared only for equality; or features of the shape of `feats`. Labels on another
+                grid are sampled at the points of the features. The dtype decides: a floating target is always read as
+                features.
+            mask: bool on the target's grid; False pixels are ignored, in both forms.
+
+        Returns:
+            A scalar, or `(N,)` with reduction "none", in the dtype of `feats` but at least float32. With no valid pair
+            the pair terms are 0 with zero gradient; an empty batch gives 0. Differentiating the pairs of "l1" twice
+            raises, in eager mode; `torch.compile` itself does not support second derivatives and may return 0 for them.
+        """
+        self._check_tensors(feats, target, mask)
+        with exact(feats):
+            # Pixels as rows for the kernels of "l1"; products over pixels want them along memory, as they come.
+            channels = 1 if self.norm == "frobenius" else 2
+            V = self._normalized(feats, channels)
+            if target.is_floating_point():
+                G, valid = self._normalized(target.detach(), channels).to(V.dtype), mask
+            else:
+                G, valid = self._classes(feats, target, mask)
+            valid = None if valid is None or _all_are(valid) else valid.flatten(1)
+            N, M = V.shape[0], V.shape[3 - channels]
+            count = V.new_full((N,), M) if valid is None else valid.sum(dim=1).to(V.dtype)
+            loss = self._squared(V, G, valid) if self.norm == "frobenius" else self._l1(V, G, valid, count)
+            if self.reduction != "sum":
+                loss = loss / count.square().clamp_min(1)
+            if self.eta != 0:
+                changes = difference(V, self.max_order + 1, channels, self.scheme)
+                size = 1 if self.reduction == "sum" else changes[0].numel()
+                loss = loss + self.eta / size * changes.abs().sum(dim=(1, 2))
+            if self.reduction == "none":
+                return loss
+            return loss.sum() / (max(N, 1) if self.reduction == "mean" else 1)
+
+    def _normalized(self, x: Tensor, channels: int) -> Tensor:
+        """Flat normalised features with their channels along axis 1 or, copied once, 2."""
+        x = at_least_float32(flatten(x))
+        return normalize_features(x if channels == 1 else x.mT.contiguous(), self.normalize, channels)
+
+    def _classes(self, feats: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Class numbers (N, M) at the points of the features, -1 where they do not count, and where they do."""
+        if feats.ndim == 4:
+            target = sample_nearest(target, feats.shape[2:], self.align_corners)
+            mask = None if mask is None else sample_nearest(mask, feats.shape[2:], self.align_corners)
+        labels = target.flatten(1).long()  # before comparing: a uint8 map would wrap a negative ignore_index
+        valid = (labels != self.ignore_index) & (labels >= 0)  # nobody could check negative ones off the CPU
+        if mask is not None:
+            valid = valid & mask.flatten(1)
+        # Labels may be any numbers: sorted, they number their classes themselves, and the host waits for nothing.
+        ordered, pixels = labels.sort(dim=1)
+        numbers = F.pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(dim=1), (1, 0))
+        return torch.empty_like(labels).scatter(1, pixels, numbers).masked_fill(~valid, -1), valid
+
+    def _squared(self, V: Tensor, G: Tensor, valid: Tensor | None) -> Tensor:
+        """`sum_q sum_ij (S_q - G_q)^2` of every image, (N,)."""
+        if valid is not None:
+            V, G = (_only(valid[:, None], x) for x in (V, G))
+        return squared_pairs(V, G, self.max_order, self.scheme)
+
+    def _l1(self, V: Tensor, G: Tensor, valid: Tensor | None, count: Tensor) -> Tensor:
+        """`sum_q sum_ij |S_q - G_q|` of every image, (N,), for rows V and G (N, M, D), or class numbers G (N, M)."""
+        is_labels = not G.is_floating_point()
+        anchors, scale = self._anchors(V, valid, count)
+        total = torch.zeros_like(count)
+        for q in range(self.max_order, -1, -1):  # order 0, whose differences are V itself, when most memory is taken
+            a, g = difference(V, q, 2, self.scheme), G if is_labels else difference(G, q, 2, self.scheme)
+            if valid is not None:  # NaN or not: a residual of two zeros vanishes
+                a, g = _only(valid[:, :, None], a), _only(valid[:, :, None], g)
+            if anchors is None and is_labels and q == 0 and self._similarities_are_fractions(V):
+                total = total + _label_l1_of_fractions(a, g)
+                continue
+            g = g.int() if is_labels else g
+            columns = () if anchors is None else (_at(anchors, a), _at(anchors, g))
+            total = total + scale * pairwise_l1(a, g, *columns, tile=self.chunk_size, backend=self.backend)
+        return total
+
+    def _anchors(self, V: Tensor, valid: Tensor | None, count: Tensor) -> tuple[Tensor | None, Tensor | float]:
+        """Distinct valid pixels (N, K) of every image to compare with, and what each then counts for, (N,).
+
+        An image with fewer valid pixels than K gets them all, and for the rest ignored ones, which add nothing.
+        """
+        K = self.num_anchors
+        if K is None or V.shape[1] <= K:
+            return None, 1.0
+        lots = torch.rand(V.shape[:2], device=V.device)
+        if valid is not None:
+            lots = lots.masked_fill(~valid, -1)
+        return lots.topk(K, dim=1, sorted=False).indices, count / count.clamp(1, K)
+
+    def _similarities_are_fractions(self, V: Tensor) -> bool:
+        """Whether the features are known to be non-negative with sum 1, so that every similarity is in [0, 1].
+
+        Looking at them costs a pass on the CPU. Elsewhere it would make the host wait, as numbering the classes would,
+        so there every pair is computed.
+        """
+        if self.backend == "triton" or not _checks.values_are_known(V) or V.numel() == 0:
+            return False
+        return self.normalize == "softmax" or (self.normalize == "l1" and bool(V.detach().amin() >= 0))
+
+    def _check_tensors(self, feats: Tensor, target: Tensor, mask: Tensor | None) -> None:
+        _checks.pixels("feats", feats)
+        D, taken = feats.shape[1], (self.max_order + 1) * STEP[self.scheme]
+        if taken >= D:
+            raise ValueError(
+                f"feats must have more than (max_order + 1) * step = {taken} channels for the sparsity term of scheme "
+                f"{self.scheme!r}, got D = {D}; lower max_order or widen the features"
+            )
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target must be a tensor of labels or of features, got {type(target).__name__}")
+        if target.is_floating_point():
+            if target.shape != feats.shape:
+                raise ValueError(
+                    f"a floating target must have the shape of feats, {tuple(feats.shape)}, got {tuple(target.shape)}; "
+                    "if these are labels, convert them with target.long(), one-hot or probabilities with "
+                    "target.argmax(1)"
+                )
+            _checks.same_kind("feats", feats, "target", target)
+            grid = (feats.shape[0], *feats.shape[2:])
+        else:
+            if target.dtype == torch.bool or target.is_complex():
+                raise TypeError(f"target must have an integer or a floating dtype, got {target.dtype}")
+            _check_labels(feats, target, self.ignore_index)
+            grid = tuple(target.shape)
+        if mask is not None:
+            _checks.pixel_mask(mask, "target", grid, target)
 
     def extra_repr(self) -> str:
         """The options, for print."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The squared norm
+def _label_l1_of_fractions(rows: Tensor, classes: Tensor) -> Tensor:
+    """`sum_ij |a_i . a_j - [y_i = y_j]|` of every image where all similarities are in [0, 1], in time O(M D).
 
-
-def _frobenius(V: Tensor, G: Tensor, valid: Tensor | None, max_order: int, scheme: Scheme, *, is_dense: bool) -> Tensor:
-    """`sum_q ||a^T a - G_q||_F^2` of every image, (N,), for features V (N, D, M) and features G or labels (N, M).
-
-    With `a = A_q V` it needs D x D products only, and those of every order are the differences, along both axes, of
-    those of order 0: a product over the pixels is made once, whatever the order.
+    The residual of a pair of equal labels is then `1 - s_ij` and that of another pair `s_ij`, so the sum is
+    `sum_c n_c^2 - 2 sum_c |a 1_c|^2 + |a 1|^2`.
     """
-    V = _on_valid(V, valid)
-    if G.is_floating_point():
-        G = _on_valid(G, valid)
-    if is_dense:
-        orders = ((difference(V, q, 1, scheme), q) for q in range(max_order + 1))
-        terms = [
-            (a.mT @ a - dense.target_similarity(g, g, a.dtype)).square().sum(dim=(1, 2))
-            for a, q in orders
-            for g in [difference(G, q, 1, scheme) if G.is_floating_point() else G]
-        ]
-        return torch.stack(terms).sum(dim=0)
-    terms = (
-        _feature_squares(V, G, max_order, scheme) if G.is_floating_point() else _label_squares(V, G, max_order, scheme)
-    )
-    return _clamped(torch.stack(terms)).sum(dim=0)
+    sums, counts = class_sums(rows, classes)
+    own, all_pairs = sums.double().square().sum(dim=(1, 2)), sums.sum(dim=1).double().square().sum(dim=1)
+    return clamped(counts.double().square().sum(dim=1) - 2 * own + all_pairs).to(rows.dtype)
 
 
-def _feature_squares(V: Tensor, G: Tensor, max_order: int, scheme: Scheme) -> list[Tensor]:
-    """The squared norm of every order against features, written in `E = V - G`.
-
-    `V^T V - G^T G = E^T E + E^T G + G^T E`. For features that are close, as those of two views are, each term below is
-    of the size of the result, where `||V V^T||^2 - 2 ||V G^T||^2 + ||G G^T||^2` would cancel.
-    """
-    products = grams_of_difference(V, G)
-    terms = []
-    for q in range(max_order + 1):
-        EE, EG, GG = (difference(difference(x, q, 1, scheme), q, 2, scheme) for x in products)
-        terms.append((EE * (EE + 2 * GG + 4 * EG) + 2 * EG * EG.mT).sum(dim=(1, 2)))
-    return terms
+def _all_are(valid: Tensor) -> bool:
+    return _checks.values_are_known(valid) and bool(valid.all())
 
 
-def _label_squares(V: Tensor, labels: Tensor, max_order: int, scheme: Scheme) -> list[Tensor]:
-    """The squared norm of every order against labels: `||a a^T||^2 - 2 sum_c |a 1_c|^2 + sum_c n_c^2`."""
-    VV = gram(V)
-    sums, counts = _class_sums(V, labels)
-    terms = []
-    for q in range(max_order + 1):
-        aa = difference(difference(VV, q, 1, scheme), q, 2, scheme)
-        own = difference(sums, q, 1, scheme).square().sum(dim=(1, 2))
-        terms.append(aa.square().sum(dim=(1, 2)) - 2 * own + counts.square().sum(dim=1))
-    return terms
+def _only(valid: Tensor, x: Tensor) -> Tensor:
+    """``x`` with zeros for ignored pixels; class numbers, which are -1 there already, as they are."""
+    return torch.where(valid, x, 0) if x.is_floating_point() else x
 
 
-def _clamped(squares: Tensor) -> Tensor:
-    """``squares`` without the negative values that rounding makes, and with the gradient of the unclamped sum."""
-    return squares + (squares.clamp_min(0) - squares).detach()
-
-
-def _class_sums(V: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the columns of ``V`` and the number of pixels of every class, (N, D, K) and (N, K).
-
-    Labels are compared, never used as an index: sorted, they number their classes themselves. K is the number of
-    classes where the host can see it, and M elsewhere.
-    """
-    ordered, pixels = labels.sort(dim=1)
-    is_new = torch.ones_like(ordered)
-    is_new[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).long()
-    numbers = is_new.cumsum(dim=1) - 1
-    classes = torch.empty_like(labels).scatter(1, pixels, numbers)
-    N, D, M = V.shape
-    K = int(numbers.amax()) + 1 if _checks.values_are_known(labels) and numbers.numel() else M
-    counts = V.new_zeros(N, K).scatter_add(1, classes, (labels != IGNORED).to(V.dtype))
-    sums = V.new_zeros(N, D, K).scatter_add(2, classes[:, None].expand_as(V), V)
-    return sums, counts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _labels(
-    target: Tensor, mask: Tensor | None, feats: Tensor, ignore_index: int, align_corners: bool
-) -> tuple[Tensor, Tensor]:
-    """Labels (N, M) at the points of the features, `IGNORED` where they do not count, and where they do."""
-    if feats.ndim == 4:
-        target = sample_nearest(target, feats.shape[2:], align_corners)
-        mask = None if mask is None else sample_nearest(mask, feats.shape[2:], align_corners)
-    labels = target.flatten(1).long()  # before comparing: a uint8 map would wrap a negative ignore_index
-    valid = (labels != ignore_index) & (labels >= 0)  # where negative labels are no error, no kernel may see them
-    if mask is not None:
-        valid = valid & mask.flatten(1)
-    return torch.where(valid, labels, IGNORED), valid
-
-
-def _draw(num_anchors: int, V: Tensor) -> Tensor:
-    """``num_anchors`` distinct pixels of every image, (N, K), from the default generator of the device."""
-    return torch.rand(V.shape[0], V.shape[2], device=V.device).topk(num_anchors, dim=1, sorted=False).indices
-
-
-def _on_valid(x: Tensor, valid: Tensor | None) -> Tensor:
-    """``x`` (N, D, M) with zeros for ignored pixels, NaN or not, so that their residuals vanish."""
-    return x if valid is None else torch.where(valid[:, None], x, 0)
-
-
-def _check_options(
-    max_order: int,
-    eta: float,
-    norm: str,
-    scheme: str,
-    normalize: str | None,
-    ignore_index: int,
-    reduction: str,
-    align_corners: bool,
-    num_anchors: int | None,
-    chunk_size: int | None,
-    backend: str,
-) -> dict[str, Any]:
-    """Check every option and return them by name."""
-    options = {
-        "max_order": _checks.integer("max_order", max_order, 0),
-        "eta": _checks.real("eta", eta, 0.0),
-        "norm": _checks.choice("norm", norm, NORMS),
-        "scheme": _checks.choice("scheme", scheme, SCHEMES),
-        "normalize": _checks.choice("normalize", normalize, NORMALIZATIONS),
-        "ignore_index": _checks.integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
-        "reduction": _checks.choice("reduction", reduction, REDUCTIONS),
-        "align_corners": _checks.boolean("align_corners", align_corners),
-        "num_anchors": _checks.optional_integer("num_anchors", num_anchors, 1),
-        "chunk_size": _checks.optional_integer("chunk_size", chunk_size, 1),
-        "backend": _checks.choice("backend", backend, BACKENDS),
-    }
-    if norm == "frobenius" and num_anchors is not None:
-        raise ValueError(
-            f"num_anchors must be None with norm='frobenius', which is linear in the pixels anyway, got {num_anchors}"
-        )
-    return options
-
-
-def _check_tensors(
-    feats: Tensor, target: Tensor, mask: Tensor | None, max_order: int, scheme: Scheme, ignore_index: int
-) -> None:
-    _checks.pixels("feats", feats)
-    D = feats.shape[1]
-    if (max_order + 1) * STEP[scheme] >= D:
-        raise ValueError(
-            f"feats must have more than (max_order + 1) * step = {(max_order + 1) * STEP[scheme]} channels for the "
-            f"sparsity term of scheme {scheme!r}, got D = {D}; lower max_order or widen the features"
-        )
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor of labels or of features, got {type(target).__name__}")
-    if target.is_floating_point():
-        if target.shape != feats.shape:
-            raise ValueError(
-                f"a floating target must have the shape of feats, {tuple(feats.shape)}, got {tuple(target.shape)}; "
-                "if these are labels, convert them with target.long(), one-hot or probabilities with target.argmax(1)"
-            )
-        _checks.same_kind("feats", feats, "target", target)
-        grid = (feats.shape[0], *feats.shape[2:])
-    else:
-        if target.dtype == torch.bool or target.is_complex():
-            raise TypeError(f"target must have an integer or a floating dtype, got {target.dtype}")
-        _check_labels(feats, target, ignore_index)
-        grid = tuple(target.shape)
-    if mask is not None:
-        _checks.pixel_mask(mask, "target", grid, target)
+def _at(pixels: Tensor, x: Tensor) -> Tensor:
+    """Rows (N, K, D) or class numbers (N, K) of the pixels (N, K)."""
+    return x.gather(1, pixels) if x.ndim == 2 else x.gather(1, pixels[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def _check_labels(feats: Tensor, target: Tensor, ignore_index: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._precision import working_dtype
 from .difference import SCHEMES, STEP, Scheme, difference
 from .features import NORMALIZATIONS, Normalize, flatten, normalize_features
 
@@ -88,7 +89,7 @@ def derivative_similarity(
         rows = differences(source)
     else:
         rows = columns if target_feats is None else differences(feats)
-    dtype = torch.promote_types(rows.dtype, columns.dtype)  # they differ under autocast only
+    dtype = working_dtype(rows, columns)
     return (rows.mT.to(dtype) @ columns.to(dtype)).to(feats.dtype)
 
 

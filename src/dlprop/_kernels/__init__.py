@@ -1,4 +1,4 @@
-"""Kernels of the custom ops: `dense` is the readable reference, `tiled` runs on any device in little memory.
+"""Kernels behind the custom ops, pixels as rows: `tiled` runs on any device in little memory, `triton` on NVIDIA GPUs.
 
-`triton` holds fused kernels for CUDA and is imported when it is first asked for.
+`products` holds the plain matrix products whose gradients are worth a node of their own.
 """

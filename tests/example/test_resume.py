@@ -26,9 +26,9 @@ from examples.derprop_voc.losses import Objective
 from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
 from examples.derprop_voc.state import check_resumable, make_state
 from examples.derprop_voc.train import DivergedError, Trainer, run
-from tests.example_options import TINY as PLAIN
+from tests.example.options import TINY as PLAIN
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # Dropout, CutMix, the momentum network and the adaptive threshold are on; pseudo-labels pass the threshold. Epochs have
 # three steps, and the last one of the run is cut to two.

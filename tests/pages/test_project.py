@@ -13,7 +13,7 @@ import dlprop
 from benchmarks import results
 from benchmarks.table import BEGIN, END, sections
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

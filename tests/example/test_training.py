@@ -30,7 +30,7 @@ from examples.derprop_voc.model import Output, SegmentationNetwork
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
 from examples.derprop_voc.state import load_networks
 from examples.derprop_voc.train import DivergedError, run
-from tests.example_options import TINY
+from tests.example.options import TINY
 
 VARIANTS = ("supervised", "no_propagation", "no_derivative_loss", "no_momentum", "full")
 FILES = {"config.yaml", "curves.png", "latest.pt", "log.jsonl", "panel.png", "results.json", "similarity.png"}

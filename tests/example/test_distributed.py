@@ -22,9 +22,9 @@ from examples.derprop_voc.model import Output
 from examples.derprop_voc.scenes import write_scenes
 from examples.derprop_voc.state import make_state
 from examples.derprop_voc.train import Length, Trainer, make_fabric, run
-from tests.example_options import TINY as PLAIN
+from tests.example.options import TINY as PLAIN
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = PLAIN | {
     "dropout": 0.0,
     "batch_norm": "frozen",

@@ -9,7 +9,7 @@ import pytest
 import dlprop
 from dlprop import theory
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if not {"_build", "auto_gallery"} & set(path.parts))
 SCRIPTS = sorted((DOCS / "gallery").glob("plot_*.py"))

@@ -22,7 +22,7 @@ from benchmarks.cases import CASES, Case, Target
 from benchmarks.growth import GROWTH
 from benchmarks.problem import Problem, UnavailableError, Variant, Work, forward
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FACTS = {"bfloat16_matrix_units": False, "float32_matmul_precision": "highest"}
 RATES = {"float32": 1e11, "bfloat16": 1e11, "copy": 1e10}
 SETTINGS = suite.Settings("cpu", "quick", False, RATES, FACTS)

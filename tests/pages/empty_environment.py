@@ -14,7 +14,7 @@ import pytest
 
 import dlprop
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from examples.derprop_voc.panels import class_colours
 from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
 from examples.derprop_voc.state import make_state
 from examples.derprop_voc.train import run
-from tests.example_options import TINY
+from tests.example.options import TINY
 
 KEYS = ("prediction", "propagated", "blend")
 

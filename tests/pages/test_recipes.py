@@ -16,7 +16,7 @@ from torch.export import Dim, export
 from dlprop import DerivativeLabelPropagation
 from tests.tolerances import assert_close
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "docs" / "recipes"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 

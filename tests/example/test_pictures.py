@@ -22,7 +22,7 @@ from examples.derprop_voc.scenes import CLASS_NAMES, make_scene
 from examples.derprop_voc.similarity_maps import draw_similarity_maps
 from examples.derprop_voc.similarity_maps import similarity_maps as maps_of
 from examples.derprop_voc.state import make_state
-from tests.example_options import TINY_NETWORK as TINY
+from tests.example.options import TINY_NETWORK as TINY
 
 NORMS = {
     "l1": lambda v: v / np.abs(v).sum(),

@@ -13,7 +13,7 @@ from examples.derprop_voc.ablate import draw_quality, is_done, make_jobs, markdo
 from examples.derprop_voc.config import ConfigError, make_config
 from examples.derprop_voc.demo import CONFIGS
 from examples.derprop_voc.scenes import write_scenes
-from tests.example_options import TINY
+from tests.example.options import TINY
 from tests.test_example import flags
 
 GRID = {"a": {"variant": "supervised"}, "b": {"variant": "full", "scale": "degree"}}

@@ -1,0 +1,57 @@
+"""What the affinities share: the weighted orders of the difference, and the normalisation before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .. import _checks
+from ..difference import SCHEMES, STEP, Scheme, difference
+from ..features import NORMALIZATIONS, Normalize, Pixels, normalize_features
+
+__all__: list[str] = []
+
+
+class Affinity(Protocol):
+    """What `DerivativeLabelPropagation` asks of an affinity: any object with this method is one."""
+
+    def propagate(self, sources: Pixels, targets: Pixels) -> Tensor:
+        """The propagated logits of the targets, `(N, C, M')`, from the logits and features of the sources."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """The options behind `S = sum_q w_q (A_q V)^T (A_q V')`, checked when they are given."""
+
+    weights: Sequence[float] = (1.0, 1.0)
+    scheme: Scheme = "forward"
+    normalize: Normalize = "l1"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", _checks.weights_of_orders(self.weights))
+        _checks.choice("scheme", self.scheme, SCHEMES)
+        _checks.choice("normalize", self.normalize, NORMALIZATIONS)
+
+    def check_channels(self, feats: Tensor) -> None:
+        """Raise ValueError unless the highest order leaves a channel of ``feats`` (N, D, m)."""
+        _checks.enough_channels("feats", feats.shape[1], len(self.weights) - 1, STEP[self.scheme], self.scheme)
+
+    def normalized(self, sources: Pixels, targets: Pixels) -> tuple[Tensor, Tensor]:
+        """The features of both, normalised and then brought to their pixels: one tensor if they are the same."""
+        V = sources.upsample(normalize_features(sources.feats, self.normalize))
+        if targets.feats is sources.feats:
+            return V, V
+        return V, targets.upsample(normalize_features(targets.feats, self.normalize))
+
+    def unit_differences(self, sources: Pixels, targets: Pixels) -> tuple[list[Tensor], list[Tensor]]:
+        """The differences of every order with unit length, of the sources and of the targets: the cosine, Eq. 15-16."""
+
+        def unit(x: Tensor) -> list[Tensor]:
+            return [normalize_features(difference(x, q, 1, self.scheme), "l2") for q in range(len(self.weights))]
+
+        V, W = self.normalized(sources, targets)
+        rows = unit(V)
+        return rows, rows if W is V else unit(W)
