@@ -14,7 +14,7 @@ from examples.derprop_voc.config import ConfigError, make_config
 from examples.derprop_voc.demo import CONFIGS
 from examples.derprop_voc.scenes import write_scenes
 from tests.example.options import TINY
-from tests.test_example import flags
+from tests.example.test_training import flags
 
 GRID = {"a": {"variant": "supervised"}, "b": {"variant": "full", "scale": "degree"}}
 
