@@ -2,7 +2,7 @@
 
 import torch
 
-from dlprop.loss import derivative_loss
+from dlprop import DerivativeLoss
 from tests.oracles import loss as oracle
 from tests.tolerances import assert_close
 
@@ -50,10 +50,15 @@ def expect(feats, target, *, mask=None, **options):
     return oracle.derivative_loss(*arrays, mask=None if mask is None else mask.numpy(), **options)
 
 
-def evaluate(feats, target, *, grad_output=None, loss=derivative_loss, **options):
+def loss_of(feats, target, *, mask=None, **options):
+    """The library's loss, its options beside the tensors."""
+    return DerivativeLoss(**options)(feats, target, mask=mask)
+
+
+def evaluate(feats, target, *, grad_output=None, **options):
     """The library's loss and the gradient of its sum, or of its product with `grad_output`."""
     leaf = feats.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    value = loss(leaf, target, **options)
+    value = loss_of(leaf, target, **options)
     value.backward(torch.ones_like(value) if grad_output is None else grad_output)
     return value.detach(), leaf.grad
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 import dlprop
+import dlprop.affinity
 import dlprop.loss
 import dlprop.propagation
 from dlprop import (
@@ -18,7 +19,7 @@ from dlprop import (
     finite_difference,
     theory,
 )
-from dlprop.loss import derivative_loss
+from dlprop.affinity import Affinity, Linear, Softmax
 from dlprop.propagation import derivative_label_propagation
 
 NAMES = {
@@ -29,37 +30,37 @@ NAMES = {
         "derivative_similarity",
         "finite_difference",
     ],
+    dlprop.affinity: ["Affinity", "Discriminant", "Linear", "Pixels", "Ridge", "Softmax"],
     dlprop.propagation: ["DerivativeLabelPropagation", "derivative_label_propagation"],
-    dlprop.loss: ["DerivativeLoss", "derivative_loss"],
-    theory: ["derivative_metric", "lemma1_bound", "theorem2_bound", "toeplitz_matrix"],
+    dlprop.loss: ["DerivativeLoss"],
+    theory: ["ar1_precision", "derivative_metric", "lemma1_bound", "theorem2_bound", "toeplitz_matrix"],
 }
 
-PROPAGATION_OPTIONS = (
-    "max_order=1, weights=None, scheme='forward', normalize='l1', similarity='dot', affinity='linear', scale='sum', "
-    "resolution='feats', align_corners=True, chunk_size=None, backend='auto'"
-)
-LOSS_OPTIONS = (
-    "max_order=1, eta=0.5, norm='l1', scheme='forward', normalize='l1', ignore_index=255, reduction='mean', "
-    "align_corners=True, num_anchors=None, chunk_size=None, backend='auto'"
-)
+ORDERS = "weights=(1.0, 1.0), scheme='forward', normalize='l1', similarity='dot'"
+GRIDS = "resolution='feats', align_corners=True"
 
 SIGNATURES: dict[Callable[..., Any], str] = {
     finite_difference: "(x, order=1, *, dim=1, scheme='forward')",
     derivative_similarity: (
         "(feats, target_feats=None, *, order=1, scheme='forward', normalize='l1', similarity='dot', query=None)"
     ),
-    derivative_label_propagation: f"(logits, feats, target_feats=None, *, mask=None, {PROPAGATION_OPTIONS})",
-    DerivativeLabelPropagation: f"(*, {PROPAGATION_OPTIONS})",
+    Affinity.propagate: "(self, sources, targets)",
+    Linear: f"(*, {ORDERS}, scale='sum')",
+    Softmax: f"(*, {ORDERS}, chunk_size=None, backend='auto')",
+    derivative_label_propagation: f"(logits, feats, target_feats=None, *, mask=None, affinity='linear', {GRIDS})",
+    DerivativeLabelPropagation: f"(affinity='linear', *, {GRIDS})",
     DerivativeLabelPropagation.forward: "(self, logits, feats, target_feats=None, *, mask=None)",
     DerivativeLabelPropagation.rectify: "(self, logits, feats, ramp, target_feats=None, *, mask=None)",
-    derivative_loss: f"(feats, target, *, mask=None, {LOSS_OPTIONS})",
-    DerivativeLoss: f"(*, {LOSS_OPTIONS})",
+    DerivativeLoss: (
+        "(*, max_order=1, eta=0.5, norm='l1', scheme='forward', normalize='l1', ignore_index=255, reduction='mean', "
+        "align_corners=True, num_anchors=None, chunk_size=None, backend='auto')"
+    ),
     DerivativeLoss.forward: "(self, feats, target, *, mask=None)",
     MomentumAverager: "(model, momentum=0.5, *, buffers='average')",
     MomentumAverager.update: "(self, model)",
     MomentumAverager.update_parameters: "(self, model)",
     MomentumAverager.train: "(self, mode=True)",
-    MomentumAverager.forward: "(self, *args, **kwargs)",  # inherited: whatever the averaged model takes
+    MomentumAverager.forward: "(self, *args, **kwargs)",  # whatever the averaged model takes
     theory.toeplitz_matrix: "(D, order, scheme='forward')",
     theory.derivative_metric: "(D, max_order, weights=None, scheme='forward')",
     theory.lemma1_bound: "(D, order, scheme='forward')",
@@ -70,7 +71,9 @@ SIGNATURES: dict[Callable[..., Any], str] = {
 METHODS = {
     DerivativeLabelPropagation: {"forward", "rectify", "extra_repr"},
     DerivativeLoss: {"forward", "extra_repr"},
-    MomentumAverager: {"update", "update_parameters", "train", "extra_repr"},
+    Linear: {"propagate"},
+    Softmax: {"propagate"},
+    MomentumAverager: {"update", "update_parameters", "train", "forward", "extra_repr"},
 }
 
 
@@ -79,12 +82,6 @@ def signature(function: Callable[..., Any]) -> str:
     bare = inspect.signature(function)
     parameters = [p.replace(annotation=inspect.Parameter.empty) for p in bare.parameters.values()]
     return str(bare.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
-
-
-def options(function: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword-only parameters and their defaults, without the tensor among them."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "mask"}
 
 
 @pytest.mark.parametrize("module", NAMES, ids=lambda module: module.__name__)
@@ -104,32 +101,21 @@ def test_methods(cls):
     assert public == METHODS[cls]
 
 
-@pytest.mark.parametrize(
-    ("function", "module"),
-    [(derivative_label_propagation, DerivativeLabelPropagation), (derivative_loss, DerivativeLoss)],
-    ids=["propagation", "loss"],
-)
-def test_function_and_module_have_the_same_options(function, module):
-    assert list(options(function).items()) == list(options(module).items())
-    assert module().options == options(module)
-    # The tensors come after them in the same order, too.
-    tensors = [name for name in inspect.signature(function).parameters if name not in options(function)]
-    assert ["self", *tensors] == list(inspect.signature(module.forward).parameters)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Docstrings say what the code does.
 
 DOCUMENTED = [
     finite_difference,
     derivative_similarity,
+    Linear,
+    Softmax,
     derivative_label_propagation,
     DerivativeLabelPropagation.rectify,
-    derivative_loss,
+    DerivativeLoss,
+    DerivativeLoss.forward,
     MomentumAverager,
     theory.toeplitz_matrix,
     theory.derivative_metric,
-    theory.lemma1_bound,
     theory.theorem2_bound,
 ]
 IDS = [function.__qualname__ for function in DOCUMENTED]
@@ -171,11 +157,8 @@ def test_stated_defaults_are_found():
     assert stated_default('scheme of the difference, defaults to "forward".') == '"forward"'
     assert stated_default("weight of the term; the default is 0.5.") == "0.5"
     assert stated_default("drawn from torch's default generator.") is None
-    assert {name for name, text in arguments(derivative_label_propagation).items() if stated_default(text)} == {
-        "target_feats",
-        "weights",
-        "chunk_size",
-    }
+    for function, names in ((derivative_label_propagation, {"target_feats"}), (Softmax, {"chunk_size"})):
+        assert {name for name, text in arguments(function).items() if stated_default(text)} == names
 
 
 @pytest.mark.parametrize("function", DOCUMENTED, ids=IDS)

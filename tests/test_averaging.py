@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlprop import MomentumAverager
 
@@ -182,18 +183,149 @@ def test_batch_norm(buffers):
     assert averager.module[0].num_batches_tracked.item() == 3
 
 
-def test_batch_norm_statistics_can_be_recomputed():
-    """By torch's update_bn on `.module`: it needs train mode, which the averager itself refuses."""
-    model = nn.Sequential(nn.BatchNorm1d(3))
+def _loader(images=4):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(8, 3, 6, 6, generator=generator) * (k + 1) + k for k in range(images)]
+
+
+def _statistics(model):
+    return {name: x.clone() for name, x in model.named_buffers()}
+
+
+def _averager_with_statistics():
+    """Two BatchNorm layers, the second after the first, of momenta of their own, and one without statistics."""
+    model = nn.Sequential(
+        nn.BatchNorm2d(3, momentum=0.3),
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Dropout(0.5),
+        nn.BatchNorm2d(4, track_running_stats=False),
+    )
     averager = MomentumAverager(model, buffers="none")
-    averager.update(model)
-    loader = [torch.randn(64, 3) + 5 for _ in range(4)]
-    update_bn(loader, averager.module)
-    assert_close(averager.module[0].running_mean, torch.cat(loader).double().mean(0).numpy(), "average")
+    for k in range(2):
+        randomize(model, k)
+        averager.update(model)
+    return model, averager
+
+
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_update_bn_refills_the_statistics(as_pairs):
+    _, averager = _averager_with_statistics()
+    loader = _loader()
+    reference = copy.deepcopy(averager.module)
+    reference[3].p = 0.0  # there update_bn turns the dropout on
+    update_bn(loader, reference)
+    update_bn([(x, None) for x in loader] if as_pairs else loader, averager)
+    for name, expected in _statistics(reference).items():
+        assert torch.equal(_statistics(averager.module)[name], expected)
+    assert_close(averager.module[0].running_mean, torch.cat(loader).double().mean((0, 2, 3)).numpy(), "average")
+    assert int(averager.module[0].num_batches_tracked) == len(loader)
     assert not any(m.training for m in averager.modules())
-    kept = averager.module[0].running_mean.clone()
+    assert [averager.module[i].momentum for i in (0, 2, 4)] == [0.3, 0.1, 0.1]
+    # What was refilled stays, whatever comes after it.
+    kept = _statistics(averager.module)
+    averager(loader[0])
+    averager.train()(loader[1])
+    assert all(torch.equal(x, kept[name]) for name, x in _statistics(averager.module).items())
+
+
+def test_update_bn_of_the_averager_is_that_of_its_module():
+    """As exactly as two runs of it, again and again, and of copies."""
+    model, averager = _averager_with_statistics()
+    averager.module[3].p = 0.0
+    twins = [averager, copy.deepcopy(averager), pickle.loads(pickle.dumps(averager))]
+    for loader in (_loader(), _loader(2)):
+        reference = copy.deepcopy(averager.module)
+        update_bn(loader, reference)
+        for twin in twins:
+            update_bn(loader, twin)
+            assert all(torch.equal(x, _statistics(twin.module)[k]) for k, x in _statistics(reference).items())
+        for twin in twins:
+            twin.update(model)
+
+
+def test_a_layer_without_momentum_is_never_in_train_mode():
+    """`update_bn` cannot tell it from a layer whose momentum it took: nothing refills it, and nothing else moves it."""
+    averager = MomentumAverager(nn.Sequential(nn.BatchNorm2d(3, momentum=None)), buffers="none")
+    before = _statistics(averager.module)
+    for x in _loader():
+        averager(x)
+    assert all(torch.equal(x, before[name]) for name, x in _statistics(averager.module).items())
+
+
+def test_an_error_inside_update_bn_leaves_the_layers_in_eval_mode():
+    _, averager = _averager_with_statistics()
+    with pytest.raises(RuntimeError):
+        update_bn([*_loader(1), torch.randn(2, 5, 6, 6)], averager)
+    assert not any(m.training for m in averager.modules())
+
+
+class ReadsOfTheDevice(TorchDispatchMode):
+    """Counts the tensors whose value the host asks for, which makes it wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket is torch.ops.aten._local_scalar_dense
+        return function(*args, **(kwargs or {}))
+
+
+def test_reads_of_the_device_are_seen():
+    x = torch.tensor(3)
+    with ReadsOfTheDevice() as reads:
+        assert [int(x), x.item(), bool(x > 2)] == [3, 3, True]
+    assert reads.count == 3
+
+
+@pytest.mark.parametrize("momentum", [0.75, lambda updates: 0.5 + 0.01 * updates])
+@pytest.mark.parametrize("buffers", ["average", "copy", "none"])
+def test_an_update_waits_for_nothing(momentum, buffers):
+    model = network()
+    averager = MomentumAverager(model, momentum, buffers=buffers)
+    with ReadsOfTheDevice() as reads:
+        for _ in range(3):
+            averager.update(model)
+    assert reads.count == 0
+    assert int(averager.n_averaged) == 3
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_loaded_count_is_read_once(nested):
+    asked = []
+
+    def momentum(updates):
+        asked.append(updates)
+        return 0.5
+
+    model = network()
+    averager, resumed = MomentumAverager(model, momentum), MomentumAverager(network(), momentum)
+    for _ in range(4):
+        averager.update(model)
+    resumed.update(model)  # a count of its own, which the loaded one replaces
+    del asked[:]
+    if nested:
+        nn.ModuleDict({"teacher": resumed}).load_state_dict(nn.ModuleDict({"teacher": averager}).state_dict())
+    else:
+        resumed.load_state_dict(averager.state_dict())
+    resumed = copy.deepcopy(resumed)
+    with ReadsOfTheDevice() as reads:
+        for _ in range(3):
+            resumed.update(model)
+    assert reads.count == 1
+    assert asked == [4, 5, 6]
+    assert all(type(updates) is int for updates in asked)
+    assert int(resumed.n_averaged) == 7
+
+
+def test_the_state_is_that_of_an_averaged_model():
+    model = network()
+    averager = MomentumAverager(model)
+    assert averager.state_dict().keys() == AveragedModel(model).state_dict().keys()
     averager.update(model)
-    assert torch.equal(averager.module[0].running_mean, kept)
+    update_bn(_loader(), averager)
+    assert averager.state_dict().keys() == AveragedModel(model).state_dict().keys()
 
 
 def test_tied_weights_stay_tied_and_are_averaged_once():

@@ -6,8 +6,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 
 from dlprop import DerivativeLabelPropagation, DerivativeLoss, derivative_similarity, finite_difference
-from dlprop.loss import derivative_loss
+from dlprop.affinity import Linear, Softmax
 from dlprop.propagation import derivative_label_propagation
+from tests.propagation_cases import NearestMean
 from tests.tolerances import assert_close
 
 D = 11
@@ -63,35 +64,54 @@ CASES = {
     ),
     "propagation": (DerivativeLabelPropagation(), lambda s: [_logits(s), _feats(s)]),
     # Non-negative features: their degrees stay away from 0, where two orders of summation may differ by anything.
-    "propagation degree": (DerivativeLabelPropagation(scale="degree"), lambda s: [_logits(s, 3), _feats(s).abs()]),
+    "propagation degree": (
+        DerivativeLabelPropagation(Linear(scale="degree")),
+        lambda s: [_logits(s, 3), _feats(s).abs()],
+    ),
     "propagation cosine": (
-        DerivativeLabelPropagation(similarity="cosine", normalize="l2", scheme="laplacian"),
+        DerivativeLabelPropagation(Linear(similarity="cosine", normalize="l2", scheme="laplacian")),
         lambda s: [_logits(s), _feats(s)],
     ),
     "propagation full resolution": (
-        DerivativeLabelPropagation(resolution="logits", scale="mean"),
-        lambda s: [_logits(s, 3), _feats(s)],
+        lambda logits, feats, mask: derivative_label_propagation(
+            logits, feats, mask=mask, affinity=Linear(scale="mean"), resolution="logits"
+        ),
+        lambda s: [_logits(s, 3), _feats(s), _mask(s, 3)],
     ),
     "propagation full resolution cosine": (
-        DerivativeLabelPropagation(resolution="logits", similarity="cosine"),
+        DerivativeLabelPropagation(Linear(similarity="cosine"), resolution="logits"),
         lambda s: [_logits(s, 2), _feats(s)],
     ),
-    "propagation softmax": (DerivativeLabelPropagation(affinity="softmax"), lambda s: [_logits(s), _feats(s)]),
+    "propagation softmax": (DerivativeLabelPropagation("softmax"), lambda s: [_logits(s), _feats(s)]),
     "propagation softmax full resolution": (
-        DerivativeLabelPropagation(affinity="softmax", resolution="logits", chunk_size=50),
+        DerivativeLabelPropagation(Softmax(chunk_size=50), resolution="logits"),
         lambda s: [_logits(s, 2), _feats(s)],
     ),
     "propagation to targets": (
-        DerivativeLabelPropagation(scale="degree"),
+        DerivativeLabelPropagation(Linear(scale="degree")),
         lambda s: [_logits(s), _feats(s).abs(), _target_feats(s).abs()],
     ),
     "propagation softmax to targets": (
-        DerivativeLabelPropagation(affinity="softmax", similarity="cosine"),
-        lambda s: [_logits(s, 2), _feats(s), _target_feats(s)],
+        lambda logits, feats, target_feats, mask: derivative_label_propagation(
+            logits, feats, target_feats, mask=mask, affinity=Softmax(similarity="cosine")
+        ),
+        lambda s: [_logits(s, 2), _feats(s), _target_feats(s), _mask(s, 2)],
     ),
     "propagation mask": (
         lambda logits, feats, mask: derivative_label_propagation(
-            logits, feats, mask=mask, scale="mean", max_order=2, weights=[1, 0.5, 0.25], align_corners=False
+            logits, feats, mask=mask, affinity=Linear(scale="mean", weights=[1, 0.5, 0.25]), align_corners=False
+        ),
+        lambda s: [_logits(s, 2), _feats(s), _mask(s, 2)],
+    ),
+    "propagation of a user": (
+        lambda logits, feats, mask: derivative_label_propagation(
+            logits.softmax(1), feats, mask=mask, affinity=NearestMean()
+        ),
+        lambda s: [_logits(s, 2), _feats(s), _mask(s, 2)],
+    ),
+    "propagation of a user full resolution": (
+        lambda logits, feats, mask: derivative_label_propagation(
+            logits.softmax(1), feats, mask=mask, affinity=NearestMean(), resolution="logits"
         ),
         lambda s: [_logits(s, 2), _feats(s), _mask(s, 2)],
     ),
@@ -103,7 +123,7 @@ CASES = {
         lambda s: [_feats(s), _labels(s, 2).to(torch.uint8)],
     ),
     "loss mask": (
-        lambda feats, target, mask: derivative_loss(feats, target, mask=mask, max_order=2, reduction="sum"),
+        lambda feats, target, mask: DerivativeLoss(max_order=2, reduction="sum")(feats, target, mask=mask),
         lambda s: [_feats(s), _feats(s, 1), _mask(s)],
     ),
     "loss frobenius labels": (DerivativeLoss(norm="frobenius"), lambda s: [_feats(s), _labels(s, 2)]),
@@ -142,18 +162,14 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-# One of each kind in the quick suite; compiling all takes a minute.
-QUICK = (
-    "finite_difference",
-    "derivative_similarity",
-    "propagation",
-    "propagation softmax",
-    "loss labels",
-    "loss features",
-)
+def quick(names, *chosen):
+    """Some of the names in the quick suite, all in the whole one: compiling everything takes minutes."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=[] if n in chosen else pytest.mark.slow) for n in names]
+    )
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])
+@quick(CASES, "derivative_similarity", "propagation", "propagation softmax", "loss labels", "loss features")
 def test_compiles_into_one_graph_without_a_recompile_per_size(name):
     function, arguments = CASES[name]
     compilations = CompileCounterWithBackend("aot_eager")
@@ -175,7 +191,7 @@ def test_square_images_do_not_recompile_either(name):
     assert compilations.frame_count <= 2
 
 
-@pytest.mark.parametrize("name", ["propagation", "propagation softmax full resolution", "loss label grid"])
+@quick(["propagation", "propagation softmax full resolution", "loss label grid"], "loss label grid")
 def test_compiles_once_where_everything_is_dynamic(name):
     # Then the numbers among the options (weights, eta, chunk_size) are symbols too.
     function, arguments = CASES[name]
@@ -200,6 +216,7 @@ def test_compiled_without_gradients(name):
         assert_close(actual, expected.double(), "propagation")
 
 
+@pytest.mark.slow
 def test_rectify_compiles():
     module = DerivativeLabelPropagation()
     compiled = torch.compile(
@@ -208,6 +225,28 @@ def test_rectify_compiles():
     for size in SIZES[:2]:
         arguments = [_logits(size), _feats(size)]
         assert_close(compiled(*arguments), module.rectify(*arguments, 0.25).double(), "propagation")
+
+
+@pytest.mark.parametrize(
+    "affinity",
+    ["linear", "softmax", *(pytest.param(Linear(scale=s), marks=pytest.mark.slow) for s in ("mean", "degree"))],
+)
+def test_a_mask_without_a_true_is_defined(affinity):
+    """Nobody can look at its values there: zeros, or the targets' own logits for the degree; finite gradients."""
+
+    def function(logits, feats, mask):
+        return derivative_label_propagation(logits, feats, mask=mask, affinity=affinity)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    logits, feats = _leaves([_logits(SIZES[0], 2), _feats(SIZES[0])])
+    out = compiled(logits, feats, torch.zeros_like(_mask(SIZES[0], 2)))
+    if affinity == Linear(scale="degree"):
+        assert out.abs().max() > 0
+    else:
+        assert (out == 0).all()
+    out.sum().backward()
+    assert logits.grad.isfinite().all()
+    assert feats.grad.isfinite().all()
 
 
 def test_a_changing_ramp_does_not_recompile():
@@ -257,7 +296,7 @@ def _has_cpp_compiler():
 @pytest.mark.slow
 @pytest.mark.skipif(not _has_cpp_compiler(), reason="inductor needs a C++ compiler")
 def test_inductor():
-    softmax, loss = DerivativeLabelPropagation(affinity="softmax"), DerivativeLoss()
+    softmax, loss = DerivativeLabelPropagation("softmax"), DerivativeLoss()
 
     def step(logits, feats, labels):
         return softmax(logits, feats).square().mean() + loss(feats, labels)
@@ -280,8 +319,8 @@ ANY_LABEL_GRID = {0: N_, 1: Dim("height", min=2), 2: Dim("width", min=2)}
 EXPORTS = {
     "linear": (DerivativeLabelPropagation(), lambda s: [_logits(s), _feats(s)], (FEATS, FEATS)),
     "linear resized": (
-        DerivativeLabelPropagation(scale="degree"),
-        lambda s: [_logits(s, 2), _feats(s)],
+        DerivativeLabelPropagation(Linear(scale="degree")),
+        lambda s: [_logits(s, 2), _feats(s).abs()],
         (ANY_GRID, FEATS),
     ),
     "linear full resolution": (
@@ -289,14 +328,14 @@ EXPORTS = {
         lambda s: [_logits(s, 2), _feats(s)],
         (ANY_GRID, FEATS),
     ),
-    "softmax": (DerivativeLabelPropagation(affinity="softmax"), lambda s: [_logits(s), _feats(s)], (FEATS, FEATS)),
+    "softmax": (DerivativeLabelPropagation("softmax"), lambda s: [_logits(s), _feats(s)], (FEATS, FEATS)),
     "softmax resized": (
-        DerivativeLabelPropagation(affinity="softmax", similarity="cosine"),
+        DerivativeLabelPropagation(Softmax(similarity="cosine")),
         lambda s: [_logits(s, 2), _feats(s)],
         (ANY_GRID, FEATS),
     ),
     "softmax full resolution": (
-        DerivativeLabelPropagation(affinity="softmax", resolution="logits"),
+        DerivativeLabelPropagation("softmax", resolution="logits"),
         lambda s: [_logits(s, 2), _feats(s)],
         (ANY_GRID, FEATS),
     ),
@@ -308,7 +347,7 @@ EXPORTS = {
 }
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["linear full resolution", "softmax", "loss label grid", "loss anchors"])
 def test_exports(name, strict):
     module, arguments, _ = EXPORTS[name]
@@ -320,7 +359,7 @@ def test_exports(name, strict):
     assert_close(actual, module(*given).double(), "propagation")
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+@quick(EXPORTS, "linear resized", "softmax full resolution", "loss label grid", "loss features")
 def test_exports_with_dynamic_sizes(name):
     module, arguments, shapes = EXPORTS[name]
     keywords = ("logits", "feats") if isinstance(module, DerivativeLabelPropagation) else ("feats", "target")

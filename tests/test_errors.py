@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-import dlprop
-from dlprop import DerivativeLabelPropagation, MomentumAverager, derivative_similarity, finite_difference, theory
+from dlprop import (
+    DerivativeLabelPropagation,
+    DerivativeLoss,
+    MomentumAverager,
+    derivative_similarity,
+    finite_difference,
+    theory,
+)
+from dlprop.affinity import Linear, Softmax
 from dlprop.propagation import derivative_label_propagation
 
 NAN = float("nan")
@@ -21,7 +28,7 @@ OPTIONS = {  # name: all its values
     "affinity": ("linear", "softmax"),
     "scale": ("sum", "mean", "degree"),
     "resolution": ("feats", "logits"),
-    "backend": ("auto", "dense", "tiled", "triton"),
+    "backend": ("auto", "tiled", "triton"),
     "buffers": ("average", "copy", "none"),
 }
 
@@ -58,16 +65,6 @@ def test_says_wants_every_part_as_a_word():
     assert not re.search(says("feats"), "target_feats must be 4")
     assert not re.search(says("order"), "max_order must be 4")
     assert re.search(says("(2, 3)", -1), "got (2, 3) and -1")
-
-
-def test_five_names_at_top_level():
-    assert sorted(dlprop.__all__) == [
-        "DerivativeLabelPropagation",
-        "DerivativeLoss",
-        "MomentumAverager",
-        "derivative_similarity",
-        "finite_difference",
-    ]
 
 
 # finite_difference
@@ -173,33 +170,74 @@ def test_similarity_options_are_keyword_only():
         derivative_similarity(x, x, 1)
 
 
+# Affinities: their options, at construction
+
+
+def affinity_rows():
+    """(id, affinity, options, error, parts)."""
+    for cls in (Linear, Softmax):
+        names = ("scheme", "normalize", "similarity") + (("scale",) if cls is Linear else ("backend",))
+        for name in names:
+            yield name, cls, {name: "bogus"}, ValueError, name, "bogus", *OPTIONS[name]
+            yield f"{name} type", cls, {name: 7}, TypeError, name, 7, *OPTIONS[name]
+            if name != "normalize":
+                yield f"{name} None", cls, {name: None}, ValueError, name, None, *OPTIONS[name]
+        for weights in ([], ()):
+            yield f"weights={weights}", cls, {"weights": weights}, ValueError, "weights", "at least one"
+        yield "weights number", cls, {"weights": 1.0}, TypeError, "weights", "sequence", "float"
+        yield "weights None", cls, {"weights": None}, TypeError, "weights", "sequence", "NoneType"
+        yield "weights string", cls, {"weights": "11"}, TypeError, "weights", "sequence", "str"
+        yield "weights tensor", cls, {"weights": torch.ones(2)}, TypeError, "weights", "sequence", "Tensor"
+        yield "weights of strings", cls, {"weights": [1.0, "1"]}, TypeError, "weights[1]", "str"
+        yield "weights of bools", cls, {"weights": [True, False]}, TypeError, "weights[0]", "bool"
+        yield "weights of nan", cls, {"weights": [1.0, NAN]}, ValueError, "weights[1]", "nan"
+        yield "weights of inf", cls, {"weights": [float("inf")]}, ValueError, "weights[0]", "inf"
+        yield "unknown", cls, {"bogus": 1}, TypeError, "bogus"
+        yield "max_order", cls, {"max_order": 1}, TypeError, "max_order"
+    for value, error, came in bad_integers(1):
+        yield f"chunk_size={value!r}", Softmax, {"chunk_size": value}, error, "chunk_size", came
+    yield "chunk_size=-3", Softmax, {"chunk_size": -3}, ValueError, "chunk_size", -3
+    yield "dense", Softmax, {"backend": "dense"}, ValueError, "backend", "dense", *OPTIONS["backend"]
+    for name, value in (("chunk_size", 3), ("backend", "tiled")):
+        yield f"{name} of the other", Linear, {name: value}, TypeError, name
+    yield "scale of the other", Softmax, {"scale": "mean"}, TypeError, "scale"
+
+
+@pytest.mark.parametrize(
+    ("affinity", "options", "error", "parts"),
+    [
+        pytest.param(cls, options, error, parts, id=f"{cls.__name__} {name}")
+        for name, cls, options, error, *parts in affinity_rows()
+    ],
+)
+def test_affinity_options(affinity, options, error, parts):
+    with raises(error, *parts):
+        affinity(**options)
+
+
+@pytest.mark.parametrize("affinity", [Linear, Softmax])
+def test_affinity_options_are_keyword_only(affinity):
+    with pytest.raises(TypeError, match="positional"):
+        affinity((1.0, 1.0))
+
+
 # Propagation: options, at construction and in the function
 
 
 def option_rows():
-    for value, error, came in bad_integers(0):
-        yield f"max_order={value!r}", {"max_order": value}, error, "max_order", came
-    for value, error, came in bad_integers(1):
-        yield f"chunk_size={value!r}", {"chunk_size": value}, error, "chunk_size", came
-    yield "chunk_size=-3", {"chunk_size": -3}, ValueError, "chunk_size", -3
-    for name in ("scheme", "normalize", "similarity", "affinity", "scale", "resolution", "backend"):
-        yield name, {name: "bogus"}, ValueError, name, "bogus", *OPTIONS[name]
-        yield f"{name} type", {name: 7}, TypeError, name, 7, *OPTIONS[name]
-        if name != "normalize":
-            yield f"{name} None", {name: None}, ValueError, name, None, *OPTIONS[name]
+    yield "affinity", {"affinity": "bogus"}, ValueError, "affinity", "bogus", *OPTIONS["affinity"]
+    for cls in (Linear, Softmax):
+        yield cls.__name__, {"affinity": cls}, TypeError, "affinity", "the class", cls.__name__, "object"
+    for value in (7, None, object(), torch.nn.Identity(), ("linear",)):
+        parts = ("affinity", "propagate", "dlprop.affinity.Linear()", *OPTIONS["affinity"], type(value).__name__)
+        yield f"affinity {type(value).__name__}", {"affinity": value}, TypeError, *parts
+    yield "resolution", {"resolution": "bogus"}, ValueError, "resolution", "bogus", *OPTIONS["resolution"]
+    yield "resolution type", {"resolution": 7}, TypeError, "resolution", 7, *OPTIONS["resolution"]
+    yield "resolution None", {"resolution": None}, ValueError, "resolution", None, *OPTIONS["resolution"]
     for value in (1, 0.0, None, "yes"):
         yield f"align_corners={value!r}", {"align_corners": value}, TypeError, "align_corners", "bool", value
-    for weights in ([1.0], [1.0, 1.0, 1.0], []):
-        yield f"weights={weights}", {"weights": weights}, ValueError, "weights", "max_order", 2, len(weights)
-    yield "weights for order 2", {"weights": (1.0, 1.0), "max_order": 2}, ValueError, "weights", "max_order", 3, 2
-    yield "weights number", {"weights": 1.0}, TypeError, "weights", "float"
-    yield "weights string", {"weights": "11"}, TypeError, "weights", "str"
-    yield "weights of strings", {"weights": ["1", "1"]}, TypeError, "weights", "str"
-    yield "weights of bools", {"weights": [True, False]}, TypeError, "weights", "bool"
-    yield "weights of nan", {"weights": [1.0, NAN]}, ValueError, "weights", "nan"
-    for scale in ("mean", "degree"):
-        options = {"affinity": "softmax", "scale": scale}
-        yield f"softmax {scale}", options, ValueError, "scale", "sum", "softmax", scale
+    for name in ("max_order", "weights", "scale", "backend"):
+        yield f"{name} is the affinity's", {name: 1}, TypeError, name
 
 
 @table(option_rows())
@@ -213,12 +251,17 @@ def test_propagation_options(call, error, parts):
 
 def test_propagation_options_are_keyword_only():
     with pytest.raises(TypeError, match="positional"):
-        DerivativeLabelPropagation(1)
+        DerivativeLabelPropagation("linear", "feats")
     x = torch.zeros(1, 3, 2)
     with pytest.raises(TypeError, match="positional"):
         DerivativeLabelPropagation()(x, x, x, None)
-    with pytest.raises(TypeError, match="bogus"):
-        DerivativeLabelPropagation(bogus=1)
+
+
+def test_conflicts_known_at_construction_are_refused_there():
+    with raises(ValueError, "backend", "triton", "frobenius"):
+        DerivativeLoss(norm="frobenius", backend="triton")
+    with raises(ValueError, "num_anchors", "frobenius", 4):
+        DerivativeLoss(norm="frobenius", num_anchors=4)
 
 
 # Propagation: tensors
@@ -270,6 +313,7 @@ def tensor_rows():
         yield f"mask {name}", (L, V), {"mask": m}, ValueError, "mask", "logits", "(2, 6, 8)", tuple(m.shape)
     yield "mask of flat", (flat_L, flat_V), {"mask": mask[:, :3, :4]}, ValueError, "mask", "(2, 12)", "(2, 3, 4)"
     yield "mask device", (L, V), {"mask": mask.to("meta")}, ValueError, "mask", "logits", "cpu", "meta"
+    yield "mask of nothing", (L, V), {"mask": ~mask}, ValueError, "mask", "at least one source", "(2, 6, 8)", "skip"
 
 
 @pytest.mark.parametrize("affinity", ["linear", "softmax"])
@@ -278,26 +322,26 @@ def tensor_rows():
     [pytest.param(args, kwargs, error, parts, id=name) for name, args, kwargs, error, *parts in tensor_rows()],
 )
 def test_propagation_tensors(tensors, keywords, error, parts, affinity):
-    module = DerivativeLabelPropagation(affinity=affinity)
+    module = DerivativeLabelPropagation(affinity)
     with raises(error, *parts):
         module(*tensors, **keywords)
     with raises(error, *parts):
         module.rectify(*tensors[:2], 0.5, *tensors[2:], **keywords)
 
 
-@pytest.mark.parametrize(("scheme", "max_order"), [("forward", 5), ("sum", 7), ("central", 3), ("laplacian", 3)])
-def test_propagation_needs_more_channels_than_the_highest_order_takes(scheme, max_order):
-    module = DerivativeLabelPropagation(max_order=max_order, scheme=scheme)
-    with raises(ValueError, "feats", "order", max_order, scheme, 5):
+@pytest.mark.parametrize("affinity", [Linear, Softmax])
+@pytest.mark.parametrize(("scheme", "order"), [("forward", 5), ("sum", 7), ("central", 3), ("laplacian", 3)])
+def test_propagation_needs_more_channels_than_the_highest_order_takes(scheme, order, affinity):
+    module = DerivativeLabelPropagation(affinity(weights=(1.0,) * (order + 1), scheme=scheme))
+    with raises(ValueError, "feats", "order", order, scheme, 5):
         module(torch.zeros(1, 2, 3), torch.zeros(1, 5, 3))
 
 
-@pytest.mark.parametrize("affinity", ["linear", "softmax"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="triton may run here")
-def test_an_explicit_backend_never_falls_back(affinity):
+def test_an_explicit_backend_never_falls_back():
     """Constructing it is fine: the tensors may yet come from a GPU."""
-    module = DerivativeLabelPropagation(affinity=affinity, backend="triton")
-    with raises(ValueError, "backend", "triton", "linear" if affinity == "linear" else "cpu", "auto"):
+    module = DerivativeLabelPropagation(Softmax(backend="triton"))
+    with raises(ValueError, "backend", "triton", "auto"):
         module(torch.zeros(1, 2, 3), torch.zeros(1, 5, 3))
 
 

@@ -3,17 +3,20 @@
 One M x M matrix of float32 would take 1056 MiB there.
 """
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 MIB = 2**20
+LOGITS = 21 * 129**2 * 4
 
 # The whole process is measured, so everything that is allocated once is warmed up at a tiny size first.
 MEASURE = """
 import torch
 from dlprop import DerivativeLabelPropagation, DerivativeLoss
+from dlprop.affinity import Linear, Softmax
 
 def inputs(N, edge, case):
     generator = torch.Generator().manual_seed(0)
@@ -51,14 +54,29 @@ LOSS = """
     value.backward()
     return []
 """
-LINEAR = """
+FORWARD = """
     with torch.no_grad():
         return [propagation(target, feats)]
 """
-SOFTMAX = """
+BACKWARD = """
     out = propagation(target.requires_grad_(), feats.requires_grad_())
     out.sum().backward()
     return [out, target.grad, feats.grad]
+"""
+# Half of the pixels at random: a mask that no rule shortens.
+MASKED = """
+    mask = torch.arange(target.shape[2] * target.shape[3]).view(1, *target.shape[2:]) * 7919 % 101 < 50
+    out = propagation(target.requires_grad_(), feats.requires_grad_(), mask=mask)
+    out.sum().backward()
+    return [out, target.grad, feats.grad]
+"""
+# Order 0 against labels as anybody would write it.
+DENSE = """
+def loss(feats, target):
+    V = feats.flatten(2)
+    V = V / V.abs().sum(1, keepdim=True)
+    y = target.flatten(1)
+    return (V.mT @ V - (y[:, :, None] == y[:, None]).float()).abs().mean()
 """
 
 pytestmark = [
@@ -70,7 +88,11 @@ pytestmark = [
 def _added_bytes(setup, run, case, edge=129):
     """Growth of the peak over the inputs and over what is returned."""
     script = MEASURE.format(setup=setup, run=run, case=case, edge=edge)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    # Left to itself, glibc keeps blocks that were given back and cannot always use them again: up to twice as much, and
+    # never twice the same. With a fixed threshold it returns every large block, and the peak is what was asked for.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
     grown, kept = map(int, result.stdout.split())
     return 1024 * grown - kept
@@ -78,28 +100,36 @@ def _added_bytes(setup, run, case, edge=129):
 
 @pytest.mark.parametrize("case", ["labels", "features"])
 def test_loss_forward_and_backward(case):
-    assert _added_bytes("loss = DerivativeLoss()", LOSS, case) < 256 * MIB
+    assert _added_bytes("loss = DerivativeLoss()", LOSS, case) < 128 * MIB
 
 
 @pytest.mark.parametrize("options", ["norm='frobenius'", "num_anchors=256"])
 def test_linear_time_losses(options):
     # O(M D): a copy of the features takes 16 MiB, and autograd keeps several of every order.
-    assert _added_bytes(f"loss = DerivativeLoss({options})", LOSS, "features") < 384 * MIB
+    assert _added_bytes(f"loss = DerivativeLoss({options})", LOSS, "features") < 160 * MIB
 
 
 def test_linear_propagation():
-    assert _added_bytes("propagation = DerivativeLabelPropagation()", LINEAR, "logits") < 64 * MIB
+    assert _added_bytes("propagation = DerivativeLabelPropagation()", FORWARD, "logits") < 16 * MIB
+
+
+@pytest.mark.parametrize("normalize", ["'l1'", "None"])
+def test_a_mask_takes_no_more_than_the_logits(normalize):
+    # And the counts, one channel more, and the mask; a copy of the features would take twelve times the logits.
+    setup = f"propagation = DerivativeLabelPropagation(Linear(normalize={normalize}))"
+    plain, masked = (_added_bytes(setup, run, "logits") for run in (BACKWARD, MASKED))
+    assert masked <= plain + 1.5 * LOGITS
 
 
 def test_softmax_propagation():
     # One M x M matrix would take 338 MiB. A chunk of 256 rows takes 9 MiB, of which backward holds three, and a copy of
     # the features 9 MiB.
-    setup = "propagation = DerivativeLabelPropagation(affinity='softmax', chunk_size=256)"
-    assert _added_bytes(setup, SOFTMAX, "logits", edge=97) < 200 * MIB
+    setup = "propagation = DerivativeLabelPropagation(Softmax(chunk_size=256))"
+    assert _added_bytes(setup, BACKWARD, "logits", edge=97) < 96 * MIB
 
 
 def test_the_measurement_sees_a_dense_matrix():
     # Where the dense matrices fit: 2401^2 floats are 22 MiB, and there are several.
-    dense = _added_bytes("loss = DerivativeLoss(backend='dense')", LOSS, "labels", edge=49)
-    tiled = _added_bytes("loss = DerivativeLoss(backend='tiled')", LOSS, "labels", edge=49)
+    dense = _added_bytes(DENSE, LOSS, "labels", edge=49)
+    tiled = _added_bytes("loss = DerivativeLoss()", LOSS, "labels", edge=49)
     assert dense > tiled + 44 * MIB

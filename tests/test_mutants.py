@@ -1,225 +1,356 @@
-"""Deliberately wrong kernels: the comparison that the real ones pass must fail each of them.
+"""Deliberately wrong sources: the comparison with the oracle that the real ones pass must fail each of them.
 
-Every mutant is a small tiled kernel of this file with one mistake. Without a mistake it passes, so what fails it is
-the mistake; in place of the library's kernel it runs under the same tests as that one.
+A mutant is a module of the library whose text has one mistake. It is executed beside the real module, whose functions
+and methods then give way to its own. Executed without a mistake it passes, so what fails it is the mistake.
 """
 
-import itertools
+import sys
+import types
+from importlib import import_module
+from inspect import isclass, isfunction
+from pathlib import Path
 
 import pytest
 import torch
 
-from dlprop._kernels import dense, tiled
-from dlprop.propagation import derivative_label_propagation
-from tests.loss_cases import FORMS, assert_matches, draw_away_from_kinks, draw_mask, evaluate
+from tests import propagation_cases
+from tests.kernel_cases import affinity_inputs, normal
+from tests.loss_cases import assert_matches, draw_away_from_kinks, draw_mask, evaluate, expect
 from tests.tolerances import assert_close
 
 F64, F32 = torch.float64, torch.float32
+TILE_BYTES = 4 * 4 * 8  # four pixels of float64: small images have several tiles, the last of them smaller
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must notice
 
 
-def _blocks(M, tile):
-    return [slice(i, min(i + tile, M)) for i in range(0, M, tile)]
-
-
-def _similarity(g, h, mistake):
-    if g.is_floating_point():
-        return g.mT @ h
-    equal = g[:, :, None] == h[:, None, :]
-    return (equal if mistake == "ignored pixels equal each other" else equal & (g[:, :, None] >= 0)).double()
-
-
-def _pairwise_l1(a, g, tile, need_grad, mistake=None):
-    loss, grad = a.new_zeros(a.shape[0]), torch.zeros_like(a)
-    blocks = _blocks(a.shape[2], tile)
-    if mistake == "ragged last tile dropped":
-        blocks = blocks[:-1]
-    for p, i in enumerate(blocks):
-        for q, j in enumerate(blocks[p:], start=p):
-            if mistake == "one tile missing" and (p, q) == (0, len(blocks) - 1):
-                continue
-            R = a[..., i].mT @ a[..., j]
-            if mistake != "target forgotten":
-                R = R - _similarity(g[..., i], g[..., j], mistake).to(R.dtype)
-            twice = 1 if p == q or mistake == "off-diagonal tile counted once" else 2
-            if mistake == "diagonal tile counted twice":
-                twice = 2
-            loss += twice * R.abs().sum((1, 2))
-            sign = R.abs() if mistake == "residual for its sign" else R.sign()
-            role = 1 if mistake == "gradient of only one role" else 2
-            if mistake == "gradient overwritten":
-                grad[..., i] = 0
-            grad[..., i] += role * (a[..., j] @ sign.mT)
-            if p != q and mistake != "gradient of only one row block":
-                grad[..., j] += role * (a[..., i] @ (sign.flip(1) if mistake == "columns reversed" else sign))
-    scale = {"wrong scale": 1.001, "wrong sign": -1.0}.get(mistake, 1.0)
-    if mistake == "wrong scale of the value":
-        loss = 1.001 * loss
-    return loss, scale * grad if need_grad else None
-
-
-PAIR_MISTAKES = [
-    "wrong sign",
-    "wrong scale",
-    "wrong scale of the value",
-    "one tile missing",
-    "ragged last tile dropped",
-    "off-diagonal tile counted once",
-    "diagonal tile counted twice",
-    "gradient of only one role",
-    "gradient of only one row block",
-    "gradient overwritten",
-    "columns reversed",
-    "residual for its sign",
-    "target forgotten",
-]
-
-
-@pytest.fixture
-def pairs_pass(monkeypatch):
-    """The comparison of test_loss, with a kernel of this file in place of the tiled one."""
-
-    def check(form, dtype, mistake):
-        monkeypatch.setattr(tiled, "pairwise_l1", lambda *inputs: _pairwise_l1(*inputs, mistake=mistake))
-        options = {"reduction": "none", "mask": draw_mask(), "max_order": 1}
-        feats, target, expected = draw_away_from_kinks(form, dtype=dtype, options=options)
-        assert_matches(evaluate(feats, target, backend="tiled", chunk_size=4, **options), expected)
-
-    return check
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [F64, F32])
-def test_the_kernel_without_a_mistake_passes(pairs_pass, form, dtype):
-    pairs_pass(form, dtype, None)
-
-
-@pytest.mark.parametrize("dtype", [F64, F32])
-@pytest.mark.parametrize(
-    ("form", "mistake"),
-    [*itertools.product(FORMS, PAIR_MISTAKES), ("labels", "ignored pixels equal each other")],
-)
-def test_a_wrong_pair_kernel_fails(pairs_pass, form, dtype, mistake):
-    with pytest.raises(AssertionError, match=r"loss|gradient"):
-        pairs_pass(form, dtype, mistake)
-
-
-def _pairwise_l1_cross(a, c, g, h, tile, need_grad, mistake=None):
-    R = a.mT @ c - _similarity(g, h, mistake).to(a.dtype)
-    if mistake == "one tile missing":
-        R[:, :tile, -1:] = 0
-    grad_a, grad_c = c @ R.sign().mT, a @ R.sign()
-    if mistake == "wrong sign":
-        grad_c = -grad_c
-    if mistake == "gradient of only one role":
-        grad_c = torch.zeros_like(grad_c)
-    if mistake == "wrong scale":
-        grad_a = 1.001 * grad_a
-    return R.abs().sum((1, 2)), grad_a, grad_c
-
-
-@pytest.fixture
-def anchors_pass(monkeypatch):
-    """The comparison of the sampled loss with the dense backend at the same draws."""
-
-    def check(form, mistake):
-        feats, target, _ = draw_away_from_kinks(form)
-        torch.manual_seed(0)
-        expected = evaluate(feats, target, num_anchors=6, backend="dense")
-        monkeypatch.setattr(tiled, "pairwise_l1_cross", lambda *inputs: _pairwise_l1_cross(*inputs, mistake=mistake))
-        torch.manual_seed(0)
-        actual = evaluate(feats, target, num_anchors=6, backend="tiled", chunk_size=4)
-        assert_close(actual[0], expected[0], "loss")
-        assert_close(actual[1], expected[1], "gradient")
-
-    return check
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_wrong_sampled_kernel_fails(anchors_pass, form):
-    anchors_pass(form, None)
-    for mistake in ("wrong sign", "wrong scale", "one tile missing", "gradient of only one role"):
-        with pytest.raises(AssertionError, match=r"loss|gradient"):
-            anchors_pass(form, mistake)
-
-
-def _softmax_affinity(logits, queries, keys, chunk, mistake=None):
-    S = queries.mT @ keys
-    P = S.softmax(1 if mistake == "softmax over the sources" else 2)
-    if mistake == "one chunk missing":
-        P[:, chunk : 2 * chunk] = 0
-    if mistake == "chunks normalised alone":
-        P = torch.cat([part.softmax(2) for part in S.split(chunk, dim=2)], dim=2)
-    out = logits @ P
-    return (1.0002 * out if mistake == "wrong scale" else out), S.logsumexp(2)
-
-
-def _softmax_affinity_backward(grad, logits, queries, keys, lse, chunk, mistake=None):
-    P = (queries.mT @ keys - lse[:, :, None]).exp()
-    grad_P = logits.mT @ grad
-    row_sum = 0 if mistake == "row sum forgotten" else (P * grad_P).sum(2, keepdim=True)
-    grad_S = P * (grad_P - row_sum)
-    if mistake == "wrong sign":
-        grad_S = -grad_S
-    grad_keys = queries @ grad_S
-    if mistake == "keys of the last chunk only":
-        grad_keys = queries[..., -chunk:] @ grad_S[:, -chunk:]
-    return grad @ P.mT, keys @ grad_S.mT, grad_keys
-
-
-@pytest.fixture
-def softmax_passes(monkeypatch):
-    """The softmax propagation against autograd on the formula."""
-
-    def check(mistake):
-        monkeypatch.setattr(tiled, "softmax_affinity", lambda *x: _softmax_affinity(*x, mistake=mistake))
-        monkeypatch.setattr(
-            tiled, "softmax_affinity_backward", lambda *x: _softmax_affinity_backward(*x[:6], mistake=mistake)
-        )
-        generator = torch.Generator().manual_seed(0)
-        logits, V, W = (torch.randn(2, c, 15, generator=generator, dtype=F64) for c in (3, 5, 5))
-        probe = torch.randn(2, 3, 15, generator=generator, dtype=F64)
-        leaves = [x.clone().requires_grad_() for x in (logits, V, W)]
-        options = {"affinity": "softmax", "normalize": None, "max_order": 0}
-        out = derivative_label_propagation(*leaves, backend="tiled", chunk_size=4, **options)
-        gradients = torch.autograd.grad(out, leaves, probe)
-        expected = leaves[0] @ (leaves[1].mT @ leaves[2]).softmax(2)
-        assert_close(out, expected.detach(), "propagation")
-        for actual, wanted in zip(gradients, torch.autograd.grad(expected, leaves, probe), strict=True):
-            assert_close(actual, wanted, "gradient")
-
-    return check
-
-
-def test_a_wrong_softmax_kernel_fails(softmax_passes):
-    softmax_passes(None)
-    for mistake in (
-        "softmax over the sources",
-        "one chunk missing",
-        "chunks normalised alone",
-        "wrong scale",
-        "row sum forgotten",
-        "wrong sign",
-        "keys of the last chunk only",
-    ):
-        with pytest.raises(AssertionError, match=r"propagation|gradient"):
-            softmax_passes(mistake)
-
-
-def test_the_real_kernels_pass_the_same_comparisons():
+def _pairs(form):
+    """All the pairs of two orders, in images with ignored pixels and a mask."""
     options = {"reduction": "none", "mask": draw_mask(), "max_order": 1}
-    for form in FORMS:
-        for dtype in (F64, F32):
-            feats, target, expected = draw_away_from_kinks(form, dtype=dtype, options=options)
-            assert_matches(evaluate(feats, target, backend="tiled", chunk_size=4, **options), expected)
-            assert_matches(evaluate(feats, target, backend="dense", **options), expected)
+    for dtype in (F64, F32):
+        feats, target, expected = draw_away_from_kinks(form, dtype=dtype, options=options)
+        assert_matches(evaluate(feats, target, **options), expected)
 
 
-def test_a_mutant_is_the_kernel_that_runs(monkeypatch):
-    # Were a kernel bound earlier than at the call, no mutant here would ever run.
-    feats, target, expected = draw_away_from_kinks("labels")
-    for module, backend in ((dense, "dense"), (tiled, "tiled"), (tiled, "auto")):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "pairwise_l1", lambda a, g, *_: (a.new_zeros(a.shape[0]), torch.zeros_like(a)))
-            with pytest.raises(AssertionError):
-                assert_matches(evaluate(feats, target, backend=backend), expected)
-        assert_matches(evaluate(feats, target, backend=backend), expected)
+def _fractions():
+    """Labels at order 0 where all similarities are in [0, 1]."""
+    options = {"reduction": "none", "max_order": 0}
+    feats, target, expected = draw_away_from_kinks("labels", options=options, nonnegative=True)
+    assert_matches(evaluate(feats, target, **options), expected)
+
+
+def _every_anchor(form):
+    """More anchors than valid pixels: the loss of all pairs."""
+    mask = draw_mask()
+    mask[:, :2, :2] = False
+    options = {"reduction": "none", "mask": mask}
+    feats, target, expected = draw_away_from_kinks(form, options=options)
+    assert mask.sum((1, 2)).max() < 13
+    assert_matches(evaluate(feats, target, num_anchors=13, **options), expected)
+
+
+def _some_anchors():
+    """Fewer anchors than valid pixels, where all pixels are alike: the loss of all pairs, whatever the draw."""
+    mask = draw_mask()
+    feats, target = (normal(2, 9, 1, 1, seed=seed).expand(2, 9, 3, 5) for seed in (0, 1))
+    value, _ = evaluate(feats, target, num_anchors=4, mask=mask, reduction="none")
+    assert_close(value, expect(feats, target, mask=mask, reduction="none").value, "loss")
+
+
+def _propagation(form, target_grid=None, **options):
+    """Masked sources on a finer grid than the features, to the features' own pixels or those of another image."""
+    logits, feats, target_feats = propagation_cases.inputs(form, (6, 8), (3, 4), target_grid)
+    mask = propagation_cases.random_mask(2, 6, 8)
+    for resolution in ("feats", "logits"):
+        inputs, grids = (logits, feats, target_feats), {"mask": mask, "resolution": resolution}
+        actual = propagation_cases.propagate(form, *inputs, **grids, **options)
+        assert_close(actual, propagation_cases.expected(form, *inputs, **grids, **options), "propagation")
+
+
+def _isolated():
+    """Degrees below and above a thousandth of their mean."""
+    logits, feats, _ = propagation_cases.inputs("degree")
+    feats[:, :, 0, 0] *= 1e-4
+    feats[:, :, 0, 1] *= 0.1
+    options = {"normalize": None, "weights": (1.0,)}
+    actual = propagation_cases.propagate("degree", logits, feats, **options)
+    assert_close(actual, propagation_cases.expected("degree", logits, feats, **options), "propagation")
+
+
+def _softmax_gradients():
+    """The op and all its gradients against autograd on the formula, with similarities far apart."""
+    leaves = [x.requires_grad_() for x in affinity_inputs(M=15, K=18)]
+    probe = normal(2, 18, 3, seed=9)
+    logits, queries, keys = leaves
+    out, _ = torch.ops.dlprop.softmax_affinity(logits, 2 * queries, keys, None, "tiled")
+    expected = (2 * queries @ keys.mT).softmax(2).mT @ logits
+    assert_close(out, expected.detach(), "propagation")
+    gradients = (torch.autograd.grad(x, leaves, probe) for x in (out, expected))
+    for actual, wanted in zip(*gradients, strict=True):
+        assert_close(actual, wanted, "gradient")
+
+
+CASES = {
+    "labels": lambda: _pairs("labels"),
+    "features": lambda: _pairs("features"),
+    "fractions": _fractions,
+    "anchors, labels": lambda: _every_anchor("labels"),
+    "anchors, features": lambda: _every_anchor("features"),
+    "some anchors": _some_anchors,
+    "sum": lambda: _propagation("sum"),
+    "mean": lambda: _propagation("mean"),
+    "degree": lambda: _propagation("degree"),
+    "isolated": _isolated,
+    "cosine": lambda: _propagation("sum", similarity="cosine", weights=(2.0, 0.5), target_grid=(2, 5)),
+    "softmax": lambda: _propagation("softmax", weights=(3.0, 1.0), chunk_size=4),
+    "softmax of another image": lambda: _propagation("softmax", target_grid=(2, 5), normalize="l2"),
+    "softmax, cosine": lambda: _propagation("softmax", similarity="cosine", weights=(4.0, 1.0)),
+    "softmax gradients": _softmax_gradients,
+}
+PAIRS = ["labels", "features"]
+ANCHORS = ["anchors, labels", "anchors, features"]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong: for each module the right text, which occurs once, the wrong one, and the cases that notice
+
+TILED = {
+    "target added": ("alpha=-1)", "alpha=1)", ["features", "anchors, features"]),
+    "labels added": ("R -= (g[:, None]", "R += (g[:, None]", ["labels", "anchors, labels"]),
+    "off the diagonal once": ("(1 if i == j else 2)", "1", PAIRS),
+    "on the diagonal twice": ("(1 if i == j else 2)", "2", PAIRS),
+    "both halves, and twice": ("in blocks[p:]", "in blocks", PAIRS),
+    "residual for its sign": ("R.sign_()\n                    grad[n, i]", "grad[n, i]", PAIRS),
+    "sign of the gradient": (
+        "grad[n, i].addmm_(R, rows[n, j], alpha=2)",
+        "grad[n, i].addmm_(R, rows[n, j], alpha=-2)",
+        PAIRS,
+    ),
+    "gradient of one role": ("grad[n, i].addmm_(R, rows[n, j], alpha=2)", "grad[n, i].addmm_(R, rows[n, j])", PAIRS),
+    "gradient overwritten": ("grad[n, i].addmm_(R, rows[n, j]", "grad[n, i].zero_().addmm_(R, rows[n, j]", PAIRS),
+    "gradient of one block of rows": ("if i != j:", "if False:", PAIRS),
+    "the diagonal's gradient in both blocks": ("if i != j:", "if True:", PAIRS),
+    "transposed block": (
+        "grad[n, j].addmm_(R.T, rows[n, i], alpha=2)",
+        "grad[n, j].addmm_(R.T.flip(1), rows[n, i], alpha=2)",
+        PAIRS,
+    ),
+    "another image's gradient": ("grad[n, j].addmm_(R.T", "grad[0, j].addmm_(R.T", PAIRS),
+    "another image's target": ("target[n, i], columns[n, j]", "target[n, i], columns[0, j]", PAIRS),
+    "ragged last tile dropped": (
+        "range(0, M, tile)]",
+        "range(0, M - tile + 1, tile)]",
+        [*PAIRS, *ANCHORS, "softmax gradients"],
+    ),
+    "tiles overlap": ("slice(i, min(i + tile, M))", "slice(i, min(i + tile + 1, M))", [*PAIRS, *ANCHORS]),
+    "ignored label equal to itself": ("target < 0, -2,", "target < 0, -1,", ["labels", "anchors, labels"]),
+    "transposed block of the anchors": (
+        "grad_columns[n, k].addmm_(R.T,",
+        "grad_columns[n, k].addmm_(R.T.flip(1),",
+        ANCHORS,
+    ),
+    "anchors without gradient": (
+        "grad_columns[n, k].addmm_(R.T, rows[n, i])",
+        "grad_columns[n, k].addmm_(R.T, rows[n, i], alpha=0)",
+        ANCHORS,
+    ),
+    "residual of the anchors for its sign": ("R.sign_()\n                    grad_rows", "grad_rows", ANCHORS),
+    "log-sum-exp factor": ("(earlier - top).exp_() for", "torch.ones_like(top) for", ["softmax gradients"]),
+    "sums not rescaled": ("x * factor for x", "x for x", ["softmax gradients"]),
+    "log-sum-exp without its largest": ("(top + total.log())", "total.log()", ["softmax gradients"]),
+    "rows that do not sum to 1": (
+        "carried = logits[n, i] / total",
+        "carried = logits[n, i]",
+        ["softmax", "softmax gradients"],
+    ),
+    "a chunk missing": (
+        "for i in _blocks(M, chunk, keys):",
+        "for i in _blocks(M, chunk, keys)[1:]:",
+        ["softmax", "softmax gradients"],
+    ),
+    "softmax row sum": (".sub_(row_sum))", ")", ["softmax gradients"]),
+    "row sum of another size": ("row_sum = (logits[n, i] *", "row_sum = (2 * logits[n, i] *", ["softmax gradients"]),
+    "gradient of the last chunk's keys": (
+        "grad_keys[n, j].addmm_(",
+        "grad_keys[n, j].zero_().addmm_(",
+        ["softmax gradients"],
+    ),
+    "gradient of the last tile's queries": (
+        "grad_queries[n, i].addmm_(",
+        "grad_queries[n, i].zero_().addmm_(",
+        ["softmax gradients"],
+    ),
+    "gradient of the last tile's logits": (
+        "grad_logits[n, i].addmm_(",
+        "grad_logits[n, i].zero_().addmm_(",
+        ["softmax gradients"],
+    ),
+}
+LOSS = {
+    "pixels for pairs": ("count.square().clamp_min(1)", "count.clamp_min(1)", PAIRS),
+    "all pixels counted": ("valid.sum(dim=1).to(V.dtype)", "(valid.sum(dim=1) * 0 + M).to(V.dtype)", PAIRS),
+    "sparsity of another order": (
+        "difference(V, self.max_order + 1, channels",
+        "difference(V, self.max_order, channels",
+        PAIRS,
+    ),
+    "sparsity with a sign": ("changes.abs().sum(", "changes.sum(", PAIRS),
+    "order 0 missing": ("range(self.max_order, -1, -1)", "range(self.max_order, 0, -1)", PAIRS),
+    "differences in reverse order": (
+        "a, g = difference(V, q, 2,",
+        "a, g = difference(V, self.max_order - q, 2,",
+        ["features"],
+    ),
+    "features of ignored pixels": ("a, g = _only(valid, a, 2), _only(valid, g, 2)", "", PAIRS),
+    "ignored labels counted": ("(labels != self.ignore_index) & (labels >= 0)", "labels >= 0", ["labels"]),
+    "mask forgotten": ("valid = valid & mask.flatten(1)", "pass", ["labels"]),
+    "classes of sorted pixels": (
+        "scatter(1, pixels, numbers)",
+        "scatter(1, pixels.sort(dim=1)[0], numbers)",
+        ["labels"],
+    ),
+    "signed features for fractions": ("bool(V.detach().amin() >= 0)", "True", ["labels"]),
+    "one of the two mixed terms": ("- 2 * own", "- own", ["fractions"]),
+    "anchors' scale, all anchors": ("count / count.clamp(1, K)", "count / K", ANCHORS),
+    "anchors' scale, all pixels": (
+        "count / count.clamp(1, K)",
+        "V.shape[1] / count.clamp(1, K)",
+        [*ANCHORS, "some anchors"],
+    ),
+    "anchors' scale forgotten": ("count / count.clamp(1, K)", "1.0", ["some anchors"]),
+    "anchors drawn from ignored pixels": ("lots.masked_fill(~valid, -1)", "lots", [*ANCHORS, "some anchors"]),
+    "targets of other pixels": ("_at(anchors, g))", "_at(anchors.flip(1), g))", ANCHORS),
+}
+LINEAR = {
+    "counts not multiplied": ("L = sources.weighted(sources.logits)", "L = sources.logits", ["sum", "mean", "degree"]),
+    "counts missing in the degree": (
+        "sources.weighted(torch.ones_like(L[:, :1]))",
+        "torch.ones_like(L[:, :1])",
+        ["degree"],
+    ),
+    "mean's count": (
+        "total = sources.weighted(torch.ones_like(sources.counts)).sum(dim=2, keepdim=True)",
+        "total = torch.full_like(L[:, :1, :1], L.shape[2])",
+        ["mean"],
+    ),
+    "degree threshold of nothing": ("SMALLEST_DEGREE = 1e-3", "SMALLEST_DEGREE = 0.0", ["isolated"]),
+    "degree threshold of a fifth": ("SMALLEST_DEGREE = 1e-3", "SMALLEST_DEGREE = 0.2", ["isolated"]),
+    "nothing for the isolated": ("torch.where(is_isolated, own,", "torch.where(is_isolated, 0 * own,", ["isolated"]),
+    "sources not normalised": ("low_rank(L * norm,", "low_rank(L,", ["sum", "mean"]),
+    "targets not normalised": ("self.scheme) * target_norm)", "self.scheme))", ["sum", "mean"]),
+    "weights in reverse order": ("zip(self.weights, rows,", "zip(self.weights[::-1], rows,", ["cosine"]),
+}
+SOFTMAX = {
+    "counts not multiplied": ("L = sources.weighted(sources.logits)", "L = sources.logits", ["softmax"]),
+    "weights in reverse order": ("zip(self.weights, rows,", "zip(self.weights[::-1], rows,", ["softmax, cosine"]),
+    "no metric": ("metric(V, self.weights, 1, self.scheme)", "V", ["softmax"]),
+    "metric in reverse order": ("metric(V, self.weights, 1,", "metric(V, self.weights[::-1], 1,", ["softmax"]),
+}
+ORDERS = {
+    "differences in reverse order": (
+        "difference(x, q, 1,",
+        "difference(x, len(self.weights) - 1 - q, 1,",
+        ["cosine", "softmax, cosine"],
+    ),
+    "differences without unit length": (
+        'normalize_features(difference(x, q, 1, self.scheme), "l2")',
+        "difference(x, q, 1, self.scheme)",
+        ["cosine"],
+    ),
+    "targets not normalised": (
+        "targets.upsample(normalize_features(targets.feats, self.normalize))",
+        "targets.upsample(targets.feats)",
+        ["softmax of another image"],
+    ),
+    "sources for targets": ("rows if W is V else unit(W)", "unit(W.flip(2))", ["cosine"]),
+}
+FEATURES = {
+    "adjoint of the logits replaced by a resize": (
+        "upsampling.adjoint(L) / torch.where(counts == 0, 1, counts)",
+        "upsampling.resample(L)",
+        ["sum", "softmax"],
+    ),
+    "adjoint of the counts replaced by a resize": (
+        "counts = upsampling.adjoint(counts)",
+        "counts = upsampling.resample(counts)",
+        ["sum", "softmax"],
+    ),
+    "adjoint at full resolution replaced by a resize": (
+        "self.upsampling.adjoint(x)",
+        "self.upsampling.resample(x)",
+        ["sum", "mean"],
+    ),
+    "no mean over the sources of a point": (" / torch.where(counts == 0, 1, counts)", "", ["sum", "softmax"]),
+    "masked sources give": ("torch.where(is_source, logits, 0)", "logits", ["sum", "softmax"]),
+    "counts not multiplied": ("x * (self.counts * self.points_per_source)", "x", ["sum", "softmax"]),
+    "sources weigh more than points": ("self.counts * self.points_per_source", "self.counts", ["sum", "softmax"]),
+    "another norm": ('1 if normalize == "l1" else 2', "1", ["softmax of another image"]),
+}
+MUTANTS = {
+    "_kernels.tiled": TILED,
+    "loss": LOSS,
+    "affinity.linear": LINEAR,
+    "affinity.softmax": SOFTMAX,
+    "affinity._orders": ORDERS,
+    "features": FEATURES,
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def replace(monkeypatch):
+    """Execute the text of a module, with one text in place of another, and let its code run instead of the real."""
+
+    def run(name, right="", wrong=""):
+        module = import_module(f"dlprop.{name}")
+        source = Path(module.__file__).read_text()
+        if right:
+            assert source.count(right) == 1, f"{right!r} occurs {source.count(right)} times in {name}"
+        mutant = types.ModuleType(module.__name__)
+        mutant.__spec__, mutant.__package__, mutant.__file__ = module.__spec__, module.__package__, module.__file__
+        exec(compile(source.replace(right, wrong) if right else source, module.__file__, "exec"), vars(mutant))
+        if name == "_kernels.tiled":
+            mutant.CPU_TILE_BYTES = TILE_BYTES
+        for key, new in list(vars(mutant).items()):
+            if getattr(new, "__module__", None) != module.__name__:
+                continue
+            old = getattr(module, key)
+            if isfunction(new):
+                _put(new, old, monkeypatch)
+            elif isclass(new):
+                # A method that calls super() belongs to the mutant's class; a dataclass's own are all alike.
+                for method, code in vars(new).items():
+                    if isfunction(code) and code.__closure__ is None and not method.startswith("__"):
+                        monkeypatch.setattr(old, method, code)
+
+    return run
+
+
+def _put(new, old, monkeypatch):
+    """Put a function in the place of another wherever the library has it."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "dlprop":
+            for key in [key for key, value in vars(module).items() if value is old]:
+                monkeypatch.setattr(module, key, new)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_source_without_a_mistake_passes(replace, case):
+    CASES[case]()
+    for module in MUTANTS:
+        replace(module)
+    torch.manual_seed(0)
+    CASES[case]()
+
+
+@pytest.mark.parametrize(
+    ("module", "mistake"), [(module, mistake) for module, mutants in MUTANTS.items() for mistake in mutants]
+)
+def test_a_mistake_fails(replace, module, mistake):
+    right, wrong, cases = MUTANTS[module][mistake]
+    replace(module, right, wrong)
+    for case in cases:
+        torch.manual_seed(0)
+        with pytest.raises(AssertionError, match=r"loss|gradient|propagation"):
+            CASES[case]()

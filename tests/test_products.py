@@ -1,19 +1,20 @@
-"""Products over pixels with gradients of their own: against plain autograd, to the second order and forwards."""
+"""Products over pixels with gradients of their own: against plain autograd, in every mode and under transforms."""
 
 import pytest
 import torch
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
-from dlprop import DerivativeLabelPropagation, DerivativeLoss, _products
-from dlprop._products import gram, grams_of_difference, low_rank, pixel_norm, sum_abs_difference
-from dlprop.difference import difference, metric
+from dlprop._kernels import products
+from dlprop._kernels.products import gram, grams_of_difference, low_rank
+from dlprop.difference import metric
 from tests.tolerances import assert_close
 
-F64, F32 = torch.float64, torch.float32
+F64 = torch.float64
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch calls it
 
 
-def _normal(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+def _normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def _inputs(M=7):
@@ -22,7 +23,7 @@ def _inputs(M=7):
 
 
 def _target(V):
-    return _normal(*V.shape, seed=7)
+    return torch.arange(V.numel(), dtype=F64).cos().view(V.shape)  # no generator: it is compiled and transformed too
 
 
 def _pairs_of_difference(V):
@@ -39,7 +40,7 @@ CASES = {
         (1,),
     ),
     "low_rank": (
-        lambda L, V: low_rank(L, V, None, WEIGHTS, "forward"),
+        lambda L, V: low_rank(L, V, V, WEIGHTS, "forward"),
         lambda L, V: metric(L @ V.mT, WEIGHTS, 2, "forward") @ V,
         (0, 1),
     ),
@@ -48,17 +49,11 @@ CASES = {
         lambda L, V, T: metric(L @ V.mT, WEIGHTS, 2, "forward") @ T,
         (0, 1, 2),
     ),
-    "pixel_norm 1": (lambda x: pixel_norm(x, 1), lambda x: x.abs().sum(1, keepdim=True), (1,)),
-    "pixel_norm 2": (lambda x: pixel_norm(x, 2), lambda x: x.square().sum(1, keepdim=True).sqrt(), (1,)),
-    "sum_abs_difference": (
-        lambda x: sum_abs_difference(x, 2, "forward"),
-        lambda x: difference(x, 2, 1, "forward").abs().sum((1, 2)),
-        (1,),
-    ),
 }
+every_case = pytest.mark.parametrize("name", CASES)
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 @pytest.mark.parametrize("M", [1, 7, 4099])
 def test_value_and_gradient(name, M):
     ours, plain, chosen = CASES[name]
@@ -71,8 +66,8 @@ def test_value_and_gradient(name, M):
         assert_close(x, y, "gradient")
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch calls it itself
+@every_case
+@forward_mode
 def test_every_derivative(name):
     ours, _, chosen = CASES[name]
     inputs = tuple(_inputs()[i].requires_grad_() for i in chosen)
@@ -80,59 +75,65 @@ def test_every_derivative(name):
     assert gradgradcheck(ours, inputs)
 
 
-def test_the_gradient_of_many_pixels_is_written_in_blocks(monkeypatch):
-    monkeypatch.setattr(_products, "OUTER_ROWS", 2)
-    monkeypatch.setattr(_products, "OUTER_PIXELS", 3)
-    test_value_and_gradient("low_rank", 7)
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_blocks_of_pixels_change_nothing(size, monkeypatch):
+    monkeypatch.setattr(products, "PIXELS", size)
+    test_value_and_gradient("grams_of_difference", 7)
+
+
+def test_the_target_of_a_difference_is_a_constant():
+    V, W = _normal(2, 5, 7).requires_grad_(), _normal(2, 5, 7, seed=1).requires_grad_()
+    pair = grams_of_difference(V, W)
+    assert not pair[2].requires_grad
+    sum(x.sum() for x in pair).backward()
+    assert W.grad is None
+    assert V.grad.any()
+    assert not torch.func.grad(lambda w: sum(x.sum() for x in grams_of_difference(_normal(2, 5, 7), w)))(W).any()
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
 def test_a_gradient_for_one_input_only(wanted):
     L, V, _ = _inputs()
-    both = torch.autograd.grad(low_rank(L.requires_grad_(), V.requires_grad_(), None, WEIGHTS, "sum").sum(), (L, V))
+    both = torch.autograd.grad(low_rank(L.requires_grad_(), V.requires_grad_(), V, WEIGHTS, "sum").sum(), (L, V))
     L, V = (x.detach().requires_grad_(need) for x, need in zip((L, V), wanted, strict=True))
-    low_rank(L, V, None, WEIGHTS, "sum").sum().backward()
+    low_rank(L, V, V, WEIGHTS, "sum").sum().backward()
     for x, need, expected in zip((L, V), wanted, both, strict=True):
         assert (x.grad is not None) == need
         if need:
             assert_close(x.grad, expected, "gradient")
 
 
-@pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("shape", [(2, 5, 3), (1, 70, 70, 60), (1, 3, 600, 500), (0, 4, 3), (2, 5, 0)])
-def test_norms_of_many_and_of_few_pixels(p, shape):
-    x = _normal(*shape, dtype=F32)
-    expected = torch.linalg.vector_norm(x.double(), p, dim=1, keepdim=True)
-    for layout in (x, x.mT.contiguous().mT):
-        norm = pixel_norm(layout, p)
-        assert norm.shape == expected.shape
-        assert_close(norm, expected, "similarity")
+@every_case
+@forward_mode
+def test_transforms(name):
+    ours, plain, chosen = CASES[name]
+    inputs = [_inputs()[i] for i in chosen]
+    batches = [torch.stack((x, x.flip(2), x.square())) for x in inputs]
+    assert_close(torch.func.vmap(ours)(*batches), torch.func.vmap(plain)(*batches), "propagation")
+    where = tuple(range(len(inputs)))
+
+    def energies(function):
+        return lambda *x: function(*x).square().sum()
+
+    for transform in (torch.func.grad, torch.func.hessian):
+        actual, expected = (transform(energies(f), argnums=where)(*inputs) for f in (ours, plain))
+        for x, y in zip(
+            torch.utils._pytree.tree_leaves(actual), torch.utils._pytree.tree_leaves(expected), strict=True
+        ):
+            assert_close(x, y, "gradient")
+    vectorised, rowwise = (
+        torch.autograd.functional.jacobian(ours, tuple(inputs), vectorize=vectorize) for vectorize in (True, False)
+    )
+    for x, y in zip(vectorised, rowwise, strict=True):
+        assert_close(x, y, "gradient")
 
 
-@pytest.mark.parametrize("p", [1, 2])
-def test_norms_of_zeros_and_of_what_is_not_finite(p):
-    x = torch.tensor([[[0.0, 3.0, torch.inf, torch.nan], [0.0, -4.0, 1.0, 1.0]]], requires_grad=True)
-    norm = pixel_norm(x, p)
-    assert norm[0, 0, :2].tolist() == [0, 7 if p == 1 else 5]
-    assert norm[0, 0, 2] == torch.inf
-    assert norm[0, 0, 3].isnan()
-    norm[0, 0, 0].backward()
-    assert x.grad[0, :, 0].tolist() == [0, 0]
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch calls it itself
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda logits, feats: DerivativeLabelPropagation(scale="degree")(logits, feats.abs()),
-        lambda logits, feats: DerivativeLoss(norm="frobenius")(feats, logits.argmax(1)),
-    ],
-)
-def test_what_promises_forward_derivatives_has_them(function):
-    logits, feats, _ = _inputs()
-    direction = _normal(*feats.shape, seed=9)
-    with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(function(logits, forward_ad.make_dual(feats, direction))).tangent
-    step = 1e-6
-    slope = (function(logits, feats + step * direction) - function(logits, feats - step * direction)) / (2 * step)
-    torch.testing.assert_close(tangent, slope, rtol=1e-5, atol=1e-7)
+@every_case
+def test_compiled(name):
+    ours, plain, chosen = CASES[name]
+    inputs = [_inputs()[i].requires_grad_() for i in chosen]
+    value, expected = torch.compile(ours, backend="aot_eager", fullgraph=True)(*inputs), plain(*inputs)
+    assert_close(value, expected.detach(), "propagation")
+    gradients = (torch.autograd.grad(x.square().sum(), inputs) for x in (value, expected))
+    for x, y in zip(*gradients, strict=True):
+        assert_close(x, y, "gradient")

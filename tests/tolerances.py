@@ -52,6 +52,16 @@ TABLE: dict[tuple[torch.dtype, str], Tolerance] = {
     (F64, "average"): Tolerance(1e-14, 1e-300, "two products and a sum per update"),
     (F32, "average"): Tolerance(1e-6, 1e-37, "two products and a sum per update"),
     (BF16, "average"): Tolerance(2e-2, 1e-6, "each update rounds to bfloat16"),
+    # Sums over pixels, a Cholesky solve with the covariance, and a logarithm of probabilities.
+    (F64, "classifier"): Tolerance(
+        1e-10, 1e-13, "a solve magnifies by the condition of the covariance, a thousand or so"
+    ),
+    (F32, "classifier"): Tolerance(2e-5, 1e-6, "sums over pixels rounded to float32, then solved with in float64"),
+    (F16, "classifier"): Tolerance(1e-3, 1e-6, "computed in float32, rounded once"),
+    (BF16, "classifier"): Tolerance(8e-3, 1e-7, "computed in float32, rounded once, where resized twice"),
+    (F64, "invariance"): Tolerance(1e-8, 1e-12, "without shrinkage a solve magnifies by the square of what a map does"),
+    # Features whose mean is a thousand times their spread.
+    (F32, "large mean"): Tolerance(5e-4, 1e-6, "the statistics are centred; the product with the targets rounds 1e3"),
 }
 
 

@@ -1,11 +1,9 @@
 """Argument checks whose errors name the argument, what was expected and what came."""
 
-from __future__ import annotations
-
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -49,8 +47,9 @@ def real(name: str, value: Any, minimum: float = -math.inf, maximum: float = mat
     return number
 
 
-def choice(name: str, value: Any, options: tuple[Any, ...]) -> Any:
-    """Return ``value`` if it is one of ``options``."""
+def choice(name: str, value: Any, kind: Any) -> Any:
+    """Return ``value`` if it is one of those that the `Literal` type ``kind`` lists."""
+    options = get_args(kind)
     if not (value is None or isinstance(value, str)):
         raise TypeError(f"{name} must be one of {options}, got {type(value).__name__} {value!r}")
     if value not in options:
@@ -70,11 +69,9 @@ def weights_of_orders(weights: Any) -> tuple[float, ...]:
 def floating(name: str, x: Any) -> None:
     """Raise unless ``x`` is a floating-point tensor."""
     if not isinstance(x, Tensor):
-        way_out = {
-            "ndarray": "; convert it with torch.from_numpy",
-            "dict": ', if from a torchvision model take its ["out"]',
-        }
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{way_out.get(type(x).__name__, '')}")
+        came = type(x).__name__
+        way_out = {"ndarray": "; use torch.from_numpy", "dict": ', if from a torchvision model take its ["out"]'}
+        raise TypeError(f"{name} must be a torch.Tensor, got {came}{way_out.get(came, '')}")
     if not x.is_floating_point() or x.dtype.itemsize < 2:
         raise TypeError(
             f"{name} must have a floating-point dtype of 16 bits or more, got {x.dtype}; convert it with {name}.float()"
@@ -122,10 +119,65 @@ def same_batch(name: str, x: Tensor, other: str, y: Tensor) -> None:
         )
 
 
-def same_channels(name: str, x: Tensor, other: str, y: Tensor) -> None:
-    """Raise unless both tensors have D channels."""
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"{name} and {other} must have the same channels D, got {x.shape[1]} and {y.shape[1]}")
+def target_features(feats: Tensor, target_feats: Any) -> None:
+    """Raise unless ``target_feats``, if there are any, are features of the kind of ``feats``, on any grid."""
+    if target_feats is None:
+        return
+    pixels("target_feats", target_feats)
+    same_kind("feats", feats, "target_feats", target_feats)
+    D, other = feats.shape[1], target_feats.shape[1]
+    if other != D:
+        raise ValueError(f"feats and target_feats must have the same channels D, got {D} and {other}")
+
+
+def sources(logits: Any, feats: Any, mask: Any) -> None:
+    """Raise unless logits and features are of one kind, of as many pixels where flat, and ``mask`` leaves a source."""
+    pixels("logits", logits, "N, C, H, W")
+    pixels("feats", feats)
+    same_kind("logits", logits, "feats", feats)
+    if logits.ndim == 3 and logits.shape[2] != feats.shape[2]:
+        raise ValueError(
+            f"flat logits and feats must have the same number of pixels M, got {logits.shape[2]} and {feats.shape[2]}; "
+            "pass (N, C, H, W) and (N, D, h, w) to have one resized to the other"
+        )
+    if mask is not None:
+        pixel_mask(mask, "logits", (logits.shape[0], *logits.shape[2:]), logits)
+        if mask.numel() and values_are_known(mask) and not mask.any():
+            raise ValueError(
+                f"mask must leave at least one source, got {tuple(mask.shape)} without a single True; skip the call "
+                "where there is nothing to propagate"
+            )
+
+
+def labels(feats: Tensor, target: Any, ignore_index: int, name: str = "target", below: int = 2**63 - 1) -> None:
+    """Raise unless ``target`` holds integer labels (N, H, W) or (N, M) in [0, below) for ``feats``, on any grid."""
+    came = target.dtype if isinstance(target, Tensor) else type(target).__name__
+    if not isinstance(came, torch.dtype) or came == torch.bool or came.is_floating_point or came.is_complex:
+        raise TypeError(f"{name} must be a tensor of labels with an integer dtype, got {came}")
+    same_device("feats", feats, name, target)
+    if target.ndim != feats.ndim - 1:
+        raise ValueError(
+            f"{name} must be labels {'(N, H, W)' if feats.ndim == 4 else '(N, M)'} for feats {tuple(feats.shape)}, got "
+            f"{tuple(target.shape)}; drop a channel axis with {name}.squeeze(1); one-hot labels become indices with "
+            f"{name}.argmax(1) for (N, C, H, W) and {name}.argmax(-1) for (N, H, W, C)"
+        )
+    same_batch("feats", feats, name, target)
+    if feats.ndim == 3 and target.shape[1] != feats.shape[2]:
+        raise ValueError(
+            f"{name} must have one label for each of the M = {feats.shape[2]} pixels of feats, "
+            f"got {target.shape[1]}; pass (N, D, H, W) feats and (N, H, W) labels to have the labels sampled"
+        )
+    if any(size < 1 for size in target.shape[1:]):
+        raise ValueError(f"{name} must have sizes of at least 1 in every axis but the batch, got {tuple(target.shape)}")
+    if values_are_known(target):
+        whole = target.long()
+        wrong = whole[((whole < 0) | (whole >= below)) & (whole != ignore_index)]
+        if wrong.numel():
+            allowed = ">= 0" if below == 2**63 - 1 else f"in [0, {below - 1}]"
+            raise ValueError(
+                f"{name} must hold labels {allowed} or equal to ignore_index = {ignore_index}, got {int(wrong[0])}; "
+                "set ignore_index to the label that marks ignored pixels"
+            )
 
 
 def pixel_mask(mask: Any, name: str, shape: Sequence[int], x: Tensor) -> None:

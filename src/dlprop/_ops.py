@@ -5,11 +5,9 @@ unroll nor specialise on sizes. They take pixels as rows, in float32 or float64,
 also under autocast. None can be differentiated twice.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +18,7 @@ from torch.library import define, impl, register_autograd, register_fake, regist
 from ._checks import transforms_active
 from ._precision import exact
 
-__all__: list[str] = []
-
 Backend = Literal["auto", "tiled", "triton"]
-BACKENDS = get_args(Backend)
 
 # The module of `_kernels` behind each backend, imported when it is first asked for. "auto" takes only kernels whose
 # speed has been measured on such hardware.
@@ -31,41 +26,29 @@ KERNELS = {"auto": "tiled", "tiled": "tiled", "triton": "triton"}
 
 
 def _kernels(backend: str, x: Tensor) -> Any:
-    if backend == "triton" and (reason := _missing_for_triton(x.device)):
-        raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto'")
-    return import_module(f"._kernels.{KERNELS[backend]}", __package__)
-
-
-def _missing_for_triton(device: torch.device) -> str:
-    """What the Triton kernels lack to run on ``device``, or an empty string."""
-    if find_spec("triton") is None:
-        return "Triton is not installed; it comes with the builds of torch for CUDA"
-    if device.type == "cuda":
-        if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
-            return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, and {device} is none"
-        return ""
-    if device.type != "cpu":
-        return f"it needs CUDA tensors, and these are on {device}"
-    if import_module("._kernels.triton", __package__).INTERPRETED:
-        return ""
-    return (
-        "it needs CUDA tensors, and these are on cpu (to try it there, set TRITON_INTERPRET=1 before Triton is first "
-        "imported)"
-    )
+    if backend == "triton" and find_spec("triton") is None:
+        raise ValueError(
+            "backend='triton' cannot run here: Triton is not installed (builds of torch for CUDA bring it); use "
+            "backend='auto'"
+        )
+    kernels = import_module(f"._kernels.{KERNELS[backend]}", __package__)
+    if backend == "triton":
+        kernels.check_device(x.device)
+    return kernels
 
 
 def _refuse_second_derivative(*_: Any) -> None:
     raise RuntimeError(
         "dlprop: the pairwise loss and the softmax affinity cannot be differentiated twice, because their gradient is "
         "computed in one pass and keeps no graph; drop create_graph=True, or use norm='frobenius' or "
-        "affinity='linear', which can"
+        "dlprop.affinity.Linear, which can"
     )
 
 
 def _refuse_forward_mode(*_: Any) -> None:
     raise RuntimeError(
         "dlprop: the pairwise loss and the softmax affinity have no forward-mode derivative; use reverse mode, or "
-        "norm='frobenius' or affinity='linear', which have one"
+        "norm='frobenius' or dlprop.affinity.Linear, which have one"
     )
 
 
@@ -77,30 +60,25 @@ def _refuse_tangents(*tensors: Tensor) -> None:
 
 def _function(op: str, setup: Any, backward: Any) -> Any:
     """The op as an autograd function for `torch.func`, which cannot differentiate a custom op."""
-    members = {
-        "forward": getattr(torch.ops.dlprop, op),
-        "setup_context": setup,
-        "backward": backward,
-        "jvp": _refuse_forward_mode,
-    }
-    return type(op, (Function,), {"generate_vmap_rule": True} | {k: staticmethod(v) for k, v in members.items()})
+    members = {"setup_context": setup, "backward": backward, "jvp": _refuse_forward_mode}
+    methods = {name: staticmethod(f) for name, f in (members | {"forward": getattr(torch.ops.dlprop, op)}).items()}
+    return type(op, (Function,), {"generate_vmap_rule": True, **methods})
 
 
 def _fold_into_batch(op: str) -> Any:
     """The vmap rule of an op whose tensors all have the batch N first: one call with the vmapped axis folded into N."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        folded = [
-            x
-            if not isinstance(x, Tensor)
-            else (x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)).flatten(0, 1)
-            for x, at in zip(args, in_dims, strict=True)
-        ]
-        outputs = getattr(torch.ops.dlprop, op)(*folded)
+        def fold(x: Any, at: int | None) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return (x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)).flatten(0, 1)
+
+        outputs = getattr(torch.ops.dlprop, op)(*map(fold, args, in_dims))
         # An output that nobody asked for is empty, without a batch.
-        is_empty = [x.ndim == 1 and x.numel() == 0 for x in outputs]
-        batched = [x if e else x.unflatten(0, (info.batch_size, -1)) for x, e in zip(outputs, is_empty, strict=True)]
-        return tuple(batched), tuple(None if e else 0 for e in is_empty)
+        dims = tuple(None if x.ndim == 1 and x.numel() == 0 else 0 for x in outputs)
+        size = info.batch_size, -1
+        return tuple(x if at is None else x.unflatten(0, size) for x, at in zip(outputs, dims, strict=True)), dims
 
     return rule
 
@@ -121,39 +99,31 @@ define(
 
 @impl("dlprop::pairwise_l1", "default")
 def _pairwise_l1(
-    rows: Tensor,
-    target: Tensor,
-    columns: Tensor | None,
-    column_target: Tensor | None,
-    tile: int | None,
-    backend: str,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    rows: Tensor, target: Tensor, columns: Tensor | None, column_target: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    tile, backend, need_grad = options
     kernels = _kernels(backend, rows)
-    own = rows.contiguous(), target.contiguous()
-    grad: Tensor | None
-    column_grad: Tensor | None = None
+    outputs: tuple[Tensor | None, ...]
     with exact(rows):
         if columns is None or column_target is None:
-            loss, grad = kernels.pairwise_l1(*own, tile, need_grad)
+            outputs = (*kernels.pairwise_l1(rows.contiguous(), target.contiguous(), tile, need_grad), None)
         else:
-            other = columns.contiguous(), column_target.contiguous()
-            loss, grad, column_grad = kernels.pairwise_l1_cross(*own, *other, tile, need_grad)
-    return loss, *(rows.new_empty(0) if x is None else x.contiguous() for x in (grad, column_grad))
+            pixels = (x.contiguous() for x in (rows, target, columns, column_target))
+            outputs = kernels.pairwise_l1_cross(*pixels, tile, need_grad)
+    return tuple(rows.new_empty(0) if x is None else x.contiguous() for x in outputs)
 
 
 def _pairwise_l1_fake(
-    rows: Tensor,
-    target: Tensor,
-    columns: Tensor | None,
-    column_target: Tensor | None,
-    tile: int | None,
-    backend: str,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    rows: Tensor, target: Tensor, columns: Tensor | None, column_target: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
     torch._check(target.shape[:2] == rows.shape[:2], lambda: f"rows {rows.shape} and target {target.shape} must agree")
     torch._check(rows.dtype in (torch.float32, torch.float64), lambda: f"rows must be float32 or 64, got {rows.dtype}")
     torch._check((columns is None) == (column_target is None), lambda: "columns and column_target go together")
+    if columns is not None and column_target is not None:
+        torch._check(columns.shape[::2] == rows.shape[::2], lambda: f"{columns.shape} and {rows.shape} must agree")
+        own, other = target.shape[2:], column_target.shape[2:]
+        torch._check(column_target.shape[:2] == columns.shape[:2] and own == other, lambda: "targets must agree")
+    need_grad = options[-1]
     return (
         rows.new_empty(rows.shape[0]),
         rows.new_empty(rows.shape if need_grad else 0),
@@ -223,58 +193,34 @@ define(
 
 
 @impl("dlprop::softmax_affinity", "default")
-def _softmax_affinity(
-    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str
-) -> tuple[Tensor, Tensor]:
+def _softmax_affinity(logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str) -> Any:
     with exact(logits):
-        inputs = (x.contiguous() for x in (logits, queries, keys))
-        out, lse = _kernels(backend, queries).softmax_affinity(*inputs, chunk)
+        pixels = (x.contiguous() for x in (logits, queries, keys))
+        out, lse = _kernels(backend, queries).softmax_affinity(*pixels, chunk)
     return out.contiguous(), lse
 
 
-def _softmax_affinity_fake(
-    logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str
-) -> tuple[Tensor, Tensor]:
+def _softmax_affinity_fake(logits: Tensor, queries: Tensor, keys: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     torch._check(logits.shape[:2] == queries.shape[:2], lambda: f"{logits.shape} and {queries.shape} must agree")
-    torch._check(keys.shape[2] == queries.shape[2], lambda: f"{keys.shape} and {queries.shape} must agree")
+    torch._check(keys.shape[::2] == queries.shape[::2], lambda: f"{keys.shape} and {queries.shape} must agree")
     N, M, C = logits.shape
     return logits.new_empty(N, keys.shape[1], C), queries.new_empty(N, M)
 
 
 @impl("dlprop::softmax_affinity_backward", "default")
-def _softmax_affinity_backward(
-    grad: Tensor,
-    logits: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    lse: Tensor,
-    chunk: int | None,
-    backend: str,
-    *need: bool,
-) -> tuple[Tensor, ...]:
-    with exact(logits):
-        inputs = (x.contiguous() for x in (grad, logits, queries, keys, lse))
-        grads = _kernels(backend, queries).softmax_affinity_backward(*inputs, chunk, *need)
-    return tuple(logits.new_empty(0) if g is None else g.contiguous() for g in grads)
+def _softmax_affinity_backward(*args: Any) -> tuple[Tensor, ...]:
+    pixels, (chunk, backend, *need) = args[:5], args[5:]
+    with exact(pixels[0]):
+        kernels = _kernels(backend, pixels[0])
+        grads = kernels.softmax_affinity_backward(*(x.contiguous() for x in pixels), chunk, *need)
+    return tuple(pixels[0].new_empty(0) if g is None else g.contiguous() for g in grads)
 
 
-def _softmax_affinity_backward_fake(
-    grad: Tensor,
-    logits: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    lse: Tensor,
-    chunk: int | None,
-    backend: str,
-    *need: bool,
-) -> tuple[Tensor, ...]:
+def _softmax_affinity_backward_fake(grad: Tensor, logits: Tensor, queries: Tensor, keys: Tensor, *rest: Any) -> Any:
     torch._check(grad.shape[1] == keys.shape[1], lambda: f"{grad.shape} and {keys.shape} must agree")
-    need_queries, need_keys = need
-    return (
-        logits.new_empty(logits.shape),
-        queries.new_empty(queries.shape if need_queries else 0),
-        keys.new_empty(keys.shape if need_keys else 0),
-    )
+    need_queries, need_keys = rest[-2:]
+    shapes = logits.shape, queries.shape if need_queries else (0,), keys.shape if need_keys else (0,)
+    return tuple(logits.new_empty(shape) for shape in shapes)
 
 
 def _softmax_affinity_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,14 +1,10 @@
 """The one place that knows autocast, float32 and TF32: norms, sums and products are computed in at least float32."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 
 import torch
 from torch import Tensor
-
-__all__: list[str] = []
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -29,6 +25,11 @@ def at_least_float32(x: Tensor) -> Tensor:
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype to compute in with ``tensors``, which differ in theirs under autocast only."""
     return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums that are small and many are added to: float64 on devices that have it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def allows_tf32() -> bool:

@@ -1,9 +1,7 @@
 """The momentum network: a running average of a model's weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,6 @@ from . import _checks
 __all__ = ["MomentumAverager"]
 
 Buffers = Literal["average", "copy", "none"]
-BUFFERS = get_args(Buffers)
 
 
 class MomentumAverager(AveragedModel):
@@ -66,7 +63,7 @@ class MomentumAverager(AveragedModel):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if not callable(momentum):
             momentum = _checks.real("momentum", momentum, 0.0, 1.0)
-        _checks.choice("buffers", buffers, BUFFERS)
+        _checks.choice("buffers", buffers, Buffers)
         super().__init__(unwrap(model), use_buffers=buffers == "average")
         self.momentum = momentum
         self.buffer_mode = buffers
@@ -78,7 +75,7 @@ class MomentumAverager(AveragedModel):
         cast("Any", self).register_load_state_dict_post_hook(_read_updates_again)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, whatever ``mode`` is: the average is for prediction only."""
+        """Stay in eval mode: the average is for prediction only."""
         return super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,19 +100,17 @@ class MomentumAverager(AveragedModel):
         momentum = self.momentum
         if callable(momentum):
             momentum = _checks.real("momentum(updates)", momentum(updates), 0.0, 1.0)
-        copied = [(ours, theirs) for ours, theirs, is_averaged in pairs if updates == 0 or not is_averaged]
-        for ours, theirs in copied:
-            ours.copy_(theirs)
+        for ours, theirs, is_averaged in pairs:
+            if updates == 0 or not is_averaged:
+                ours.copy_(theirs)
         if updates > 0:
             average = get_ema_multi_avg_fn(momentum)
-            groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+            groups: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
             for ours, theirs, is_averaged in pairs:
                 if is_averaged:
-                    group = groups.setdefault((ours.device, ours.dtype), ([], []))
-                    group[0].append(ours)
-                    group[1].append(theirs.to(ours))
-            for averaged, current in groups.values():
-                average(averaged, current, updates)
+                    groups.setdefault((ours.device, ours.dtype), []).append((ours, theirs.to(ours)))
+            for group in groups.values():
+                average(*map(list, zip(*group, strict=True)), updates)
         self.n_averaged += 1
         self._updates = updates + 1
 

@@ -1,9 +1,7 @@
 """Finite differences along channels and their adjoint."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,6 @@ from ._precision import at_least_float32
 __all__ = ["finite_difference"]
 
 Scheme = Literal["forward", "central", "sum", "laplacian"]
-SCHEMES = get_args(Scheme)
 
 # Channels that one order takes away.
 STEP = {"forward": 1, "central": 2, "sum": 1, "laplacian": 2}
@@ -65,7 +62,7 @@ def finite_difference(x: Tensor, order: int = 1, *, dim: int = 1, scheme: Scheme
     """
     _checks.floating("x", x)
     order = _checks.integer("order", order, 0)
-    _checks.choice("scheme", scheme, SCHEMES)
+    _checks.choice("scheme", scheme, Scheme)
     dim = _dimension(dim, x.ndim)
     _checks.enough_channels("x", x.shape[dim], order, STEP[scheme], scheme)
     return difference(x, order, dim, scheme)

@@ -1,10 +1,8 @@
 """What happens to features before they are compared, and pixels as affinities see them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,6 @@ from ._precision import at_least_float32
 __all__: list[str] = []
 
 Normalize = Literal["l1", "l2", "softmax", None]
-NORMALIZATIONS = get_args(Normalize)
 
 # Below this a norm is rounding noise; in float32 or better it is a normal number.
 EPS = 1e-12
@@ -79,6 +76,23 @@ class Upsampling:
         """`x U` of flat (N, C, m), (N, C, M)."""
         return resize(x.unflatten(2, self.grid), self.size, self.align_corners).flatten(2)
 
+    def weighted(self, x: Tensor, weights: Tensor) -> Tensor:
+        """`x U diag(w) U^T` of flat (N, D, m) for weights (N, 1, M) of the pixels: a 3 x 3 stencil at every point.
+
+        A pixel lies between neighbouring points, so `U diag(w) U^T` couples neighbours only; its entries are sums of
+        weights times two factors along the rows and two along the columns.
+        """
+        h, w = self.grid
+        padded = F.pad(x.unflatten(2, self.grid), (1, 1, 1, 1))
+        rows, columns = (F.pad(factor, (1, 1)) for factor in self._factors(x))
+        out: Tensor = torch.zeros_like(padded[:, :, 1:-1, 1:-1])
+        for i in range(3):
+            along_rows = (rows[:, 1 : h + 1] * rows[:, i : h + i]).mT @ weights.unflatten(2, self.size)
+            for j in range(3):
+                entry = along_rows @ (columns[:, 1 : w + 1] * columns[:, j : w + j])
+                out = out + entry * padded[:, :, i : h + i, j : w + j]
+        return out.flatten(2)
+
     def resample(self, x: Tensor) -> Tensor:
         """(N, C, M) resized to the points of the features, (N, C, m): an interpolation, which skips pixels."""
         return resize(x.unflatten(2, self.size), self.grid, self.align_corners).flatten(2)
@@ -89,12 +103,15 @@ class Upsampling:
         Bilinear resizing is separable, so both its factors are small matrices and their products, unlike a scatter, are
         deterministic on every device.
         """
-        rows, columns = (
-            _interpolation_matrix(source, target, self.align_corners, like=x)
-            for source, target in zip(self.grid, self.size, strict=True)
-        )
+        rows, columns = self._factors(x)
         adjoint: Tensor = (rows.mT @ x.unflatten(2, self.size)) @ columns
         return adjoint.flatten(2)
+
+    def _factors(self, like: Tensor) -> list[Tensor]:
+        """The matrices of linear resizing along rows and columns, (H, h) and (W, w): the identity's columns resized."""
+        identities = (torch.eye(n, dtype=like.dtype, device=like.device)[None] for n in self.grid)
+        resized = zip(identities, self.size, strict=True)
+        return [F.interpolate(x, size=n, mode="linear", align_corners=self.align_corners)[0].T for x, n in resized]
 
 
 @dataclass(frozen=True)
@@ -108,13 +125,15 @@ class Pixels:
         feats: `(N, D, m)`, never modified nor masked; `targets.feats is sources.feats` where they are the same.
         logits: `(N, C, M)`. Of a source what it gives, 0 where a mask leaves it out; of a target its own, masked or
             not, and 0 where the targets are other pixels than the sources.
-        counts: `(N, 1, M)`, how many sources a source pixel stands for; None is one for each.
+        counts: `(N, 1, M)`, how many sources a source pixel stands for, a share of one perhaps; None is one for each.
+        points_per_source: below 1 where sources of a finer grid were brought to the points of the features.
         upsampling: between the two grids, None where they are one.
     """
 
     feats: Tensor
     logits: Tensor
     counts: Tensor | None = None
+    points_per_source: float = 1.0
     upsampling: Upsampling | None = None
 
     def upsample(self, x: Tensor) -> Tensor:
@@ -126,8 +145,38 @@ class Pixels:
         return x if self.upsampling is None else self.upsampling.adjoint(x)
 
     def counted(self, x: Tensor) -> Tensor:
-        """``x`` (N, K, M), every pixel times the sources it stands for."""
+        """``x`` (N, K, M), every pixel times the sources it stands for: for statistics, where a source is one of n."""
         return x if self.counts is None else x * self.counts
+
+    def weighted(self, x: Tensor) -> Tensor:
+        """The same, and all sources of an image together weigh as much as its points: for sums, as without a mask."""
+        return x if self.counts is None else x * (self.counts * self.points_per_source)
+
+
+def upsampling_between(feats: Tensor, logits: Tensor, align_corners: bool) -> Upsampling | None:
+    """From the grid of ``feats`` to that of ``logits``; None where they are one, or flat."""
+    if logits.ndim < 4 or logits.shape[2:] == feats.shape[2:]:
+        return None
+    return Upsampling(feats.shape[2:], logits.shape[2:], align_corners)
+
+
+def at_points(
+    logits: Tensor, mask: Tensor | None, upsampling: Upsampling | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What sources give at the points of the features: logits (N, C, m), the same without the mask, and counts.
+
+    On another grid logits are resized without a mask; with one they are averaged over the sources that fall on a point,
+    so that every source counts once and none is lost.
+    """
+    if mask is None:
+        own = logits if upsampling is None else upsampling.resample(logits)
+        return own, own, None
+    is_source = mask.flatten(1)[:, None]
+    L, counts = torch.where(is_source, logits, 0), is_source.to(logits.dtype)
+    if upsampling is None:
+        return L, logits, counts
+    counts = upsampling.adjoint(counts)
+    return upsampling.adjoint(L) / torch.where(counts == 0, 1, counts), upsampling.resample(logits), counts
 
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
@@ -135,12 +184,6 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     if tuple(x.shape[2:]) == tuple(size):
         return x
     return F.interpolate(at_least_float32(x), size=tuple(size), mode="bilinear", align_corners=align_corners)
-
-
-def _interpolation_matrix(source: int, target: int, align_corners: bool, like: Tensor) -> Tensor:
-    """The (target, source) matrix of one-dimensional linear resizing: the resized columns of the identity."""
-    identity = torch.eye(source, dtype=like.dtype, device=like.device)
-    return F.interpolate(identity[None], size=target, mode="linear", align_corners=align_corners)[0].T
 
 
 def nearest_rows(source: int, target: int, align_corners: bool, device: torch.device) -> Tensor:

@@ -1,27 +1,23 @@
 """The pairwise derivative loss: pull the similarities of every order towards those of labels or of another view."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _checks
-from ._ops import BACKENDS, Backend, pairwise_l1
+from ._ops import Backend, pairwise_l1
 from ._precision import at_least_float32, exact
-from .difference import SCHEMES, STEP, Scheme, difference
-from .features import NORMALIZATIONS, Normalize, flatten, normalize_features, sample_nearest
+from .difference import STEP, Scheme, difference
+from .features import Normalize, flatten, normalize_features, sample_nearest
 from .squared import clamped, class_sums, squared_pairs
 
 __all__ = ["DerivativeLoss"]
 
 Norm = Literal["l1", "frobenius"]
-NORMS = get_args(Norm)
 Reduction = Literal["none", "mean", "sum"]
-REDUCTIONS = get_args(Reduction)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -50,13 +46,12 @@ class DerivativeLoss(nn.Module):
             formula above summed over images.
         align_corners: how labels on another grid are sampled: row `round(i (H' - 1) / (H - 1))` if True, else
             `floor((i + 1/2) H' / H)`.
-        num_anchors: compare all pixels with `K` target pixels only, drawn from the valid ones of each image, anew at
-            each call, without replacement, from torch's default generator: unbiased, O(M K D), and exact where an
-            image has no more than `K`. Not with "frobenius".
+        num_anchors: compare all pixels with only `K` targets, drawn anew at each call from the valid pixels of each
+            image (without replacement, torch's default generator). Unbiased, O(M K D); exact where an image has at
+            most `K` valid pixels. Not with "frobenius".
         chunk_size: tile edge in pixels; None chooses by device.
         backend: "auto", "tiled" (any device) or "triton" (NVIDIA GPUs of compute capability 8.0 or newer; not with
-            "frobenius", which is a few matrix products). "auto" is "tiled": no other kernel's speed has been measured
-            yet.
+            "frobenius"). "auto" is "tiled": no other kernel's speed has been measured yet.
 
     Raises:
         TypeError: at construction, options of the wrong type; at the call, `feats` not floating, a floating target of
@@ -68,10 +63,9 @@ class DerivativeLoss(nn.Module):
     Cost:
         "l1": time 4 M^2 D an image and order against features, 3 M^2 D against labels, value and gradient together; on
         CPUs in eager mode labels at order 0 take O(M D) where features are known to be non-negative with sum 1. Memory
-        O(M D): six times the features at the peak of two orders, beside inputs and gradient.
+        O(M D): at its peak six times the features (two orders). With `num_anchors=K`: time O(M K D).
         "frobenius": time O(M D^2) whatever the order, memory O(M D); in float32 a value below 1e-7 of a mean pair of
         labels is rounding.
-        With `num_anchors=K`: time O(M K D).
 
     Example:
         >>> feats = torch.eye(3)[None]  # N=1, D=3, M=3: three pixels on three channels
@@ -99,28 +93,28 @@ class DerivativeLoss(nn.Module):
     chunk_size: int | None = None
     backend: Backend = "auto"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, (nn.Parameter, nn.Module)):
+            raise TypeError(f"{name} must be a plain value, got {type(value).__name__}")
+        super().__setattr__(name, value)
+
     def __post_init__(self) -> None:
         super().__init__()
         self.max_order = _checks.integer("max_order", self.max_order, 0)
         self.eta = _checks.real("eta", self.eta, 0.0)
-        _checks.choice("norm", self.norm, NORMS)
-        _checks.choice("scheme", self.scheme, SCHEMES)
-        _checks.choice("normalize", self.normalize, NORMALIZATIONS)
+        _checks.choice("norm", self.norm, Norm)
+        _checks.choice("scheme", self.scheme, Scheme)
+        _checks.choice("normalize", self.normalize, Normalize)
         self.ignore_index = _checks.integer("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
-        _checks.choice("reduction", self.reduction, REDUCTIONS)
+        _checks.choice("reduction", self.reduction, Reduction)
         _checks.boolean("align_corners", self.align_corners)
         self.num_anchors = _checks.optional_integer("num_anchors", self.num_anchors, 1)
         self.chunk_size = _checks.optional_integer("chunk_size", self.chunk_size, 1)
-        _checks.choice("backend", self.backend, BACKENDS)
-        if self.norm == "frobenius" and self.num_anchors is not None:
+        _checks.choice("backend", self.backend, Backend)
+        if self.norm == "frobenius" and (self.num_anchors is not None or self.backend == "triton"):
             raise ValueError(
-                "num_anchors must be None with norm='frobenius', which is linear in the pixels anyway, got "
-                f"{self.num_anchors}"
-            )
-        if self.norm == "frobenius" and self.backend == "triton":
-            raise ValueError(
-                "backend must be 'auto' or 'tiled' with norm='frobenius', which is a few matrix products and has no "
-                "Triton kernel, got 'triton'"
+                "num_anchors must be None and backend not 'triton' with norm='frobenius', which is a few matrix "
+                f"products, linear in the pixels anyway, got {self.num_anchors} and {self.backend!r}"
             )
 
     def forward(self, feats: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -132,7 +126,8 @@ class DerivativeLoss(nn.Module):
                 `ignore_index` and compared only for equality; or features of the shape of `feats`. Labels on another
                 grid are sampled at the points of the features. The dtype decides: a floating target is always read as
                 features.
-            mask: bool on the target's grid; False pixels are ignored, in both forms.
+            mask: bool on the target's grid; False pixels are ignored, in both forms. They stay in the sparsity term, so
+                their features must be finite where `eta > 0`.
 
         Returns:
             A scalar, or `(N,)` with reduction "none", in the dtype of `feats` but at least float32. With no valid pair
@@ -148,15 +143,19 @@ class DerivativeLoss(nn.Module):
                 G, valid = self._normalized(target.detach(), channels).to(V.dtype), mask
             else:
                 G, valid = self._classes(feats, target, mask)
-            valid = None if valid is None or _all_are(valid) else valid.flatten(1)
+            if valid is not None:
+                valid = None if _checks.values_are_known(valid) and bool(valid.all()) else valid.flatten(1)
             N, M = V.shape[0], V.shape[3 - channels]
             count = V.new_full((N,), M) if valid is None else valid.sum(dim=1).to(V.dtype)
-            loss = self._squared(V, G, valid) if self.norm == "frobenius" else self._l1(V, G, valid, count)
+            if self.norm == "l1":
+                loss = self._l1(V, G, valid, count)
+            else:
+                loss = squared_pairs(_only(valid, V, 1), _only(valid, G, 1), self.max_order, self.scheme)
             if self.reduction != "sum":
                 loss = loss / count.square().clamp_min(1)
             if self.eta != 0:
                 changes = difference(V, self.max_order + 1, channels, self.scheme)
-                size = 1 if self.reduction == "sum" else changes[0].numel()
+                size = 1 if self.reduction == "sum" else changes.shape[1] * changes.shape[2]
                 loss = loss + self.eta / size * changes.abs().sum(dim=(1, 2))
             if self.reduction == "none":
                 return loss
@@ -181,12 +180,6 @@ class DerivativeLoss(nn.Module):
         numbers = F.pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(dim=1), (1, 0))
         return torch.empty_like(labels).scatter(1, pixels, numbers).masked_fill(~valid, -1), valid
 
-    def _squared(self, V: Tensor, G: Tensor, valid: Tensor | None) -> Tensor:
-        """`sum_q sum_ij (S_q - G_q)^2` of every image, (N,)."""
-        if valid is not None:
-            V, G = (_only(valid[:, None], x) for x in (V, G))
-        return squared_pairs(V, G, self.max_order, self.scheme)
-
     def _l1(self, V: Tensor, G: Tensor, valid: Tensor | None, count: Tensor) -> Tensor:
         """`sum_q sum_ij |S_q - G_q|` of every image, (N,), for rows V and G (N, M, D), or class numbers G (N, M)."""
         is_labels = not G.is_floating_point()
@@ -194,8 +187,7 @@ class DerivativeLoss(nn.Module):
         total = torch.zeros_like(count)
         for q in range(self.max_order, -1, -1):  # order 0, whose differences are V itself, when most memory is taken
             a, g = difference(V, q, 2, self.scheme), G if is_labels else difference(G, q, 2, self.scheme)
-            if valid is not None:  # NaN or not: a residual of two zeros vanishes
-                a, g = _only(valid[:, :, None], a), _only(valid[:, :, None], g)
+            a, g = _only(valid, a, 2), _only(valid, g, 2)
             if anchors is None and is_labels and q == 0 and self._similarities_are_fractions(V):
                 total = total + _label_l1_of_fractions(a, g)
                 continue
@@ -241,15 +233,12 @@ class DerivativeLoss(nn.Module):
             if target.shape != feats.shape:
                 raise ValueError(
                     f"a floating target must have the shape of feats, {tuple(feats.shape)}, got {tuple(target.shape)}; "
-                    "if these are labels, convert them with target.long(), one-hot or probabilities with "
-                    "target.argmax(1)"
+                    "convert labels with target.long(), one-hot or probabilities with target.argmax(1)"
                 )
             _checks.same_kind("feats", feats, "target", target)
             grid = (feats.shape[0], *feats.shape[2:])
         else:
-            if target.dtype == torch.bool or target.is_complex():
-                raise TypeError(f"target must have an integer or a floating dtype, got {target.dtype}")
-            _check_labels(feats, target, self.ignore_index)
+            _checks.labels(feats, target, self.ignore_index)
             grid = tuple(target.shape)
         if mask is not None:
             _checks.pixel_mask(mask, "target", grid, target)
@@ -270,41 +259,11 @@ def _label_l1_of_fractions(rows: Tensor, classes: Tensor) -> Tensor:
     return clamped(counts.double().square().sum(dim=1) - 2 * own + all_pairs).to(rows.dtype)
 
 
-def _all_are(valid: Tensor) -> bool:
-    return _checks.values_are_known(valid) and bool(valid.all())
-
-
-def _only(valid: Tensor, x: Tensor) -> Tensor:
-    """``x`` with zeros for ignored pixels; class numbers, which are -1 there already, as they are."""
-    return torch.where(valid, x, 0) if x.is_floating_point() else x
+def _only(valid: Tensor | None, x: Tensor, channels: int) -> Tensor:
+    """Zeros for ignored pixels, NaN or not, whose residuals then vanish; class numbers, which are -1 there, stay."""
+    return torch.where(valid.unsqueeze(channels), x, 0) if valid is not None and x.is_floating_point() else x
 
 
 def _at(pixels: Tensor, x: Tensor) -> Tensor:
     """Rows (N, K, D) or class numbers (N, K) of the pixels (N, K)."""
     return x.gather(1, pixels) if x.ndim == 2 else x.gather(1, pixels[:, :, None].expand(-1, -1, x.shape[2]))
-
-
-def _check_labels(feats: Tensor, target: Tensor, ignore_index: int) -> None:
-    _checks.same_device("feats", feats, "target", target)
-    expected = "(N, H, W)" if feats.ndim == 4 else "(N, M)"
-    if target.ndim != feats.ndim - 1:
-        raise ValueError(
-            f"target must be labels {expected} for feats {tuple(feats.shape)}, got {tuple(target.shape)}; "
-            "drop a channel axis with target.squeeze(1); turn one-hot labels into indices with argmax over their class "
-            "axis, target.argmax(1) for (N, C, H, W) and target.argmax(-1) for (N, H, W, C)"
-        )
-    _checks.same_batch("feats", feats, "target", target)
-    if feats.ndim == 3 and target.shape[1] != feats.shape[2]:
-        raise ValueError(
-            f"target must have one label for each of the M = {feats.shape[2]} pixels of feats, "
-            f"got {target.shape[1]}; pass (N, D, H, W) feats and (N, H, W) labels to have the labels sampled"
-        )
-    if any(size < 1 for size in target.shape[1:]):
-        raise ValueError(f"target must have sizes of at least 1 in every axis but the batch, got {tuple(target.shape)}")
-    if _checks.values_are_known(target) and target.dtype.is_signed:
-        wrong = target[(target < 0) & (target != ignore_index)]
-        if wrong.numel():
-            raise ValueError(
-                f"target must hold labels >= 0 or equal to ignore_index = {ignore_index}, got {int(wrong[0])}; "
-                "set ignore_index to the label that marks ignored pixels"
-            )

@@ -3,24 +3,27 @@
 How a source is weighted at a target is the affinity's business, see `dlprop.affinity`.
 """
 
-from __future__ import annotations
-
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks
 from ._precision import at_least_float32, exact, working_dtype
-from .affinity import Affinity, Linear, Softmax
-from .features import Pixels, Upsampling, flatten
+from .affinity import Affinity, Discriminant, Linear, Ridge, Softmax
+from .features import Pixels, at_points, flatten, upsampling_between
 
 __all__ = ["DerivativeLabelPropagation", "derivative_label_propagation"]
 
 Resolution = Literal["feats", "logits"]
-RESOLUTIONS = get_args(Resolution)
-AffinityName = Literal["linear", "softmax"]
-AFFINITIES: dict[str, type[Linear | Softmax]] = {"linear": Linear, "softmax": Softmax}
+AffinityName = Literal["linear", "softmax", "ridge", "discriminant"]
+AFFINITIES: dict[str, Callable[[], Affinity]] = {
+    "linear": Linear,
+    "softmax": Softmax,
+    "ridge": Ridge,
+    "discriminant": Discriminant,
+}
 
 
 def derivative_label_propagation(
@@ -35,25 +38,27 @@ def derivative_label_propagation(
 ) -> Tensor:
     r"""Propagate logits `L` from source pixels to target pixels with similar features.
 
-    What a target receives is up to the affinity: `L' = L S` of `dlprop.affinity.Linear`, the paper's Eq. 4, or
-    `L' = L softmax(S)` of `dlprop.affinity.Softmax`, the released code. No matrix of all pairs of pixels is formed.
+    What a target receives is up to the affinity: `L' = L S` of `dlprop.affinity.Linear`, the paper's Eq. 4;
+    `L' = L softmax(S)` of `Softmax`, the released code; or the log-probabilities of a classifier estimated from the
+    sources, `Ridge` and `Discriminant`. No matrix of all pairs of pixels is formed.
 
-    The default is the paper's Eq. 4, which over-smooths a prediction that was not trained with it:
-    `Softmax(similarity="cosine", weights=(30.0, 30.0))` changes it less.
+    The default is the paper's Eq. 4, which over-smooths a prediction that was not trained with it. `Ridge` is the safe
+    choice; `Discriminant` helps dense scenes whose small classes collapse.
 
     Args:
         logits: class logits `L`, floating, `(N, C, H, W)` or `(N, C, M)`, the sources. Probabilities work as well.
         feats: features `V` of the sources, `(N, D, h, w)` or `(N, D, M)`.
         target_feats: features `V'` of the targets, `(N, D, h', w')` or `(N, D, M')`; another image, frame or grid is
             allowed. None means `feats`.
-        mask: bool on the logits' grid, `(N, H, W)` or `(N, M)`. False sources carry nothing and count nowhere; their
-            features must be finite. A mask without a single True is an error for CPU tensors in eager mode.
-        affinity: an object of `dlprop.affinity`, or "linear" or "softmax" for one with its defaults.
+        mask: bool on the logits' grid, `(N, H, W)` or `(N, M)`. False sources give nothing and count nowhere, True
+            ones count alike on every grid; the features of either must be finite. A mask without a single True is an
+            error for CPU tensors in eager mode, and gives zeros elsewhere.
+        affinity: an object of `dlprop.affinity`, or "linear", "softmax", "ridge" or "discriminant" for one with its
+            defaults.
         resolution: for logits on another grid than `feats`. "feats" propagates on the grid of the features and resizes
-            the result back; the logits are resized there without a mask, while those of masked sources are averaged
-            over the sources that fall on a point (the adjoint of the upsampling), so that none is lost. "logits"
-            propagates at full resolution with upsampled features, which for `Linear` with the dot similarity costs
-            little more, because the adjoint of the upsampling is applied to the logits instead.
+            the result back; without a mask the logits are resized there, with one every source is shared out among the
+            points beside it (the adjoint of the upsampling), and a point holds their mean. "logits" propagates with
+            upsampled features: all but the softmax and the cosine do it at the price of the features' grid.
         align_corners: of every bilinear resize.
 
     Returns:
@@ -81,32 +86,27 @@ def derivative_label_propagation(
         DerProp, Eq. 1, 4 and 9.
     """
     affinity = _affinity(affinity)
-    _checks.choice("resolution", resolution, RESOLUTIONS)
+    _checks.choice("resolution", resolution, Resolution)
     _checks.boolean("align_corners", align_corners)
-    _check_tensors(logits, feats, target_feats, mask)
+    _checks.sources(logits, feats, mask)
+    _checks.target_features(feats, target_feats)
 
     tensors = (logits, feats) if target_feats is None else (logits, feats, target_feats)
     dtype = working_dtype(*tensors)
     own, V, *other = (flatten(x.to(dtype)) for x in tensors)
-    upsampling = None
-    if logits.ndim == 4 and logits.shape[2:] != feats.shape[2:]:
-        upsampling = Upsampling(feats.shape[2:], logits.shape[2:], align_corners)
+    upsampling = upsampling_between(feats, logits, align_corners)
+    full = upsampling if resolution == "logits" else None
     keeps_grid = target_feats is None or target_feats.shape[2:] == feats.shape[2:]
     with exact(logits):
-        L, counts = own, None
-        if mask is not None:
-            counts = flatten(mask[:, None].to(dtype))
-            L = torch.where(mask.flatten(1)[:, None], own, 0)
-        if upsampling is not None and resolution == "feats":
-            L, own, counts = _to_points(L, own, counts, upsampling)
-        full = upsampling if resolution == "logits" else None
-        sources = Pixels(V, L, counts, full)
+        pixels = own.shape[2]
+        L, own, counts = at_points(own, mask, upsampling if full is None else None)
+        sources = Pixels(V, L, counts, L.shape[2] / pixels, full)
         if target_feats is None:
-            targets = Pixels(V, own, None, full)
+            targets = Pixels(V, own, upsampling=full)
         else:
-            targets = Pixels(other[0], L.new_zeros(*L.shape[:2], 1), None, full if keeps_grid else None)
+            targets = Pixels(other[0], L.new_zeros(*L.shape[:2], 1), upsampling=full if keeps_grid else None)
         out = affinity.propagate(sources, targets)
-        if upsampling is not None and resolution == "feats" and keeps_grid:
+        if upsampling is not None and full is None and keeps_grid:
             out = upsampling(out)
     if logits.ndim == 4:
         out = out.unflatten(2, logits.shape[2:] if keeps_grid else tensors[-1].shape[2:])
@@ -140,7 +140,7 @@ class DerivativeLabelPropagation(nn.Module):
     ) -> None:
         super().__init__()
         self.affinity = _affinity(affinity)
-        self.resolution: Resolution = _checks.choice("resolution", resolution, RESOLUTIONS)
+        self.resolution: Resolution = _checks.choice("resolution", resolution, Resolution)
         self.align_corners = _checks.boolean("align_corners", align_corners)
 
     def forward(
@@ -181,8 +181,7 @@ class DerivativeLabelPropagation(nn.Module):
 
         Raises:
             TypeError: as the propagation, or `ramp` is no number.
-            ValueError: as the propagation, `ramp` outside [0, 1], or a `target_feats` on a grid that is neither that of
-                `feats` nor that of `logits`.
+            ValueError: as the propagation, `ramp` outside [0, 1], or a `target_feats` on another grid.
 
         Example:
             >>> logits, feats = torch.zeros(1, 4, 8, 8), torch.rand(1, 16, 8, 8)
@@ -193,7 +192,8 @@ class DerivativeLabelPropagation(nn.Module):
             DerProp, Eq. 5.
         """
         ramp = _checks.real("ramp", ramp, 0.0, 1.0)
-        _check_tensors(logits, feats, target_feats, mask)
+        _checks.sources(logits, feats, mask)
+        _checks.target_features(feats, target_feats)
         # Rounded once, after the softmax: in float16 the propagated logits may overflow.
         whole, *features = (None if x is None else at_least_float32(x) for x in (logits, feats, target_feats))
         propagated = self(whole, *features, mask=mask)
@@ -212,21 +212,10 @@ class DerivativeLabelPropagation(nn.Module):
         return f"{self.affinity!r}, resolution={self.resolution!r}, align_corners={self.align_corners!r}"
 
 
-def _to_points(
-    L: Tensor, own: Tensor, counts: Tensor | None, upsampling: Upsampling
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits and counts at the points of the features: resized without a mask, else averaged over the sources there."""
-    own = upsampling.resample(own)
-    if counts is None:
-        return own, own, None
-    counts = upsampling.adjoint(counts)
-    return upsampling.adjoint(L) / torch.where(counts == 0, 1, counts), own, counts
-
-
 def _affinity(affinity: Affinity | str) -> Affinity:
     """The object itself, or that of a short name with its defaults."""
     if isinstance(affinity, str):
-        return AFFINITIES[_checks.choice("affinity", affinity, tuple(AFFINITIES))]()
+        return AFFINITIES[_checks.choice("affinity", affinity, AffinityName)]()
     if isinstance(affinity, type) or not callable(getattr(affinity, "propagate", None)):
         came = f"the class {affinity.__name__}" if isinstance(affinity, type) else f"{type(affinity).__name__}"
         raise TypeError(
@@ -234,25 +223,3 @@ def _affinity(affinity: Affinity | str) -> Affinity:
             f"as dlprop.affinity.Linear(), got {came}"
         )
     return affinity
-
-
-def _check_tensors(logits: Tensor, feats: Tensor, target_feats: Tensor | None, mask: Tensor | None) -> None:
-    _checks.pixels("logits", logits, "N, C, H, W")
-    _checks.pixels("feats", feats)
-    _checks.same_kind("logits", logits, "feats", feats)
-    if logits.ndim == 3 and logits.shape[2] != feats.shape[2]:
-        raise ValueError(
-            f"flat logits and feats must have the same number of pixels M, got {logits.shape[2]} and {feats.shape[2]}; "
-            "pass (N, C, H, W) and (N, D, h, w) to have one resized to the other"
-        )
-    if target_feats is not None:
-        _checks.pixels("target_feats", target_feats)
-        _checks.same_kind("feats", feats, "target_feats", target_feats)
-        _checks.same_channels("feats", feats, "target_feats", target_feats)
-    if mask is not None:
-        _checks.pixel_mask(mask, "logits", (logits.shape[0], *logits.shape[2:]), logits)
-        if mask.numel() and _checks.values_are_known(mask) and not mask.any():
-            raise ValueError(
-                f"mask must leave at least one source, got {tuple(mask.shape)} without a single True; skip the call "
-                "where there is nothing to propagate"
-            )

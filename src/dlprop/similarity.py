@@ -1,21 +1,18 @@
 """Derivative similarity of pixels: the dense matrix, or a few of its rows."""
 
-from __future__ import annotations
-
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import _checks
 from ._precision import working_dtype
-from .difference import SCHEMES, STEP, Scheme, difference
-from .features import NORMALIZATIONS, Normalize, flatten, normalize_features
+from .difference import STEP, Scheme, difference
+from .features import Normalize, flatten, normalize_features
 
 __all__ = ["derivative_similarity"]
 
 Similarity = Literal["dot", "cosine"]
-SIMILARITIES = get_args(Similarity)
 
 
 def derivative_similarity(
@@ -69,15 +66,12 @@ def derivative_similarity(
         DerProp, Eq. 3 and 15-16.
     """
     order = _checks.integer("order", order, 0)
-    _checks.choice("scheme", scheme, SCHEMES)
-    _checks.choice("normalize", normalize, NORMALIZATIONS)
-    _checks.choice("similarity", similarity, SIMILARITIES)
+    _checks.choice("scheme", scheme, Scheme)
+    _checks.choice("normalize", normalize, Normalize)
+    _checks.choice("similarity", similarity, Similarity)
     _checks.pixels("feats", feats)
     _checks.enough_channels("feats", feats.shape[1], order, STEP[scheme], scheme)
-    if target_feats is not None:
-        _checks.pixels("target_feats", target_feats)
-        _checks.same_kind("feats", feats, "target_feats", target_feats)
-        _checks.same_channels("feats", feats, "target_feats", target_feats)
+    _checks.target_features(feats, target_feats)
 
     def differences(x: Tensor) -> Tensor:
         y = difference(normalize_features(flatten(x), normalize), order, 1, scheme)
@@ -85,8 +79,7 @@ def derivative_similarity(
 
     columns = differences(feats if target_feats is None else target_feats)
     if query is not None:
-        source = _query_pixels(flatten(feats), query)
-        rows = differences(source)
+        rows = differences(_query_pixels(flatten(feats), query))
     else:
         rows = columns if target_feats is None else differences(feats)
     dtype = working_dtype(rows, columns)
@@ -104,9 +97,8 @@ def _query_pixels(feats: Tensor, query: Tensor) -> Tensor:
         query = query.expand(N, -1)
     elif query.ndim != 2 or query.shape[0] != N:
         raise ValueError(f"query must have shape (K,) or (N, K) with N = {N}, got {tuple(query.shape)}")
-    if _checks.values_are_known(query) and query.numel() and not 0 <= int(query.min()) <= int(query.max()) < M:
-        raise ValueError(
-            f"query must hold pixel indices in [0, {M - 1}] for M = {M} pixels, "
-            f"got values from {int(query.min())} to {int(query.max())}"
-        )
+    if _checks.values_are_known(query) and query.numel():
+        low, high = int(query.min()), int(query.max())
+        if not 0 <= low <= high < M:
+            raise ValueError(f"query must hold pixel indices in [0, {M - 1}], got values from {low} to {high}")
     return feats.gather(2, query[:, None, :].expand(-1, D, -1))

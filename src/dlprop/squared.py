@@ -1,7 +1,5 @@
 """The squared norm of the pairwise loss, in time linear in the pixels: D x D products instead of all pairs."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Nothing here touches torch, so that it can serve as ground truth for what the torch path computes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal, cast
@@ -12,7 +10,7 @@ from typing import Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["derivative_metric", "lemma1_bound", "theorem2_bound", "toeplitz_matrix"]
+__all__ = ["ar1_precision", "derivative_metric", "lemma1_bound", "theorem2_bound", "toeplitz_matrix"]
 
 Matrix = npt.NDArray[np.float64]
 Scheme = Literal["forward", "central", "sum", "laplacian"]
@@ -40,8 +38,7 @@ def toeplitz_matrix(D: int, order: int, scheme: Scheme = "forward") -> Matrix:
         `A_q`, float64, `(D - q * step, D)`; step is 1 for forward and sum, 2 for central and laplacian.
 
     Raises:
-        TypeError: `D` or `order` is not an int.
-        ValueError: `D < 1`, `order < 0`, an unknown scheme, or `order * step >= D`.
+        TypeError, ValueError: `D` or `order` is no int, `D < 1`, `order < 0`, an unknown scheme, `order * step >= D`.
 
     Example:
         >>> toeplitz_matrix(4, 2)
@@ -77,8 +74,7 @@ def derivative_metric(
         `K`, float64, `(D, D)`.
 
     Raises:
-        TypeError: `D` or `max_order` is not an int.
-        ValueError: as `toeplitz_matrix`, or not `max_order + 1` weights.
+        TypeError, ValueError: as `toeplitz_matrix`, or not `max_order + 1` weights.
 
     Example:
         >>> derivative_metric(4, 1)
@@ -99,23 +95,48 @@ def derivative_metric(
     return K
 
 
+def ar1_precision(D: int, rho: float) -> Matrix:
+    r"""The inverse covariance of `D` channels that form a stationary AR(1) process of variance 1 and correlation `rho`.
+
+    Their covariance is `rho^{|i - j|}`. Times `1 - rho^2` its inverse is the derivative metric of weights
+    `((1 - rho)^2, rho)`, but for the two corner entries, which are larger by `rho (1 - rho)`. So Eq. 4 assumes such
+    channels: its equal weights are those of `rho = (3 - \sqrt 5) / 2 = 0.382`.
+
+    Args:
+        D: channels.
+        rho: correlation of neighbouring channels, in (-1, 1).
+
+    Returns:
+        The precision matrix, float64, `(D, D)`.
+
+    Raises:
+        TypeError, ValueError: `D` is no int or below 1, or `rho` is outside (-1, 1).
+
+    Example:
+        >>> ar1_precision(3, 0.5) * 0.75
+        array([[ 1.  , -0.5 ,  0.  ],
+               [-0.5 ,  1.25, -0.5 ],
+               [ 0.  , -0.5 ,  1.  ]])
+
+    Reference:
+        Rue and Held, Gaussian Markov Random Fields, 2005, section 1.1.1.
+    """
+    _stencil(D, 0, "forward")
+    if not -1 < rho < 1:
+        raise ValueError(f"rho must be in (-1, 1), got {rho}")
+    precision = np.diag(np.full(D, 1 + rho**2)) - rho * (np.eye(D, k=1) + np.eye(D, k=-1))
+    precision[0, 0] -= rho**2
+    precision[-1, -1] -= rho**2
+    return precision / (1 - rho**2)
+
+
 def lemma1_bound(D: int, order: int, scheme: Scheme = "forward") -> float:
     r"""The induced 1-norm of `A_q`, the least `c` with `||A_q v||_1 <= c ||v||_1` for every `v`.
 
     Equal to `2^q` for forward and sum once `D >= 2q + 1`, to `4^q` for laplacian and 1 for central once
     `D >= 4q + 1`; below these sizes no column holds the whole stencil and it is smaller.
 
-    Args:
-        D: channels.
-        order: order `q`.
-        scheme: as in `toeplitz_matrix`.
-
-    Returns:
-        The largest absolute column sum of `A_q`.
-
-    Raises:
-        TypeError: `D` or `order` is not an int.
-        ValueError: as `toeplitz_matrix`.
+    Arguments and errors are those of `toeplitz_matrix`; the result is the largest absolute column sum of `A_q`.
 
     Example:
         >>> lemma1_bound(5, 2), lemma1_bound(4, 2)
@@ -136,12 +157,8 @@ def theorem2_bound(V: npt.ArrayLike, order: int) -> float:
         V: features, `(D, M)`.
         order: order `q >= 2`.
 
-    Returns:
-        The bound.
-
     Raises:
-        TypeError: `order` is not an int.
-        ValueError: `V` is not two-dimensional, `order < 2`, or `order >= D`.
+        TypeError, ValueError: `order` is no int, `V` is not two-dimensional, `order < 2`, or `order >= D`.
 
     Example:
         >>> theorem2_bound([[1.0], [0.0], [1.0]], order=2)

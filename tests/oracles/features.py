@@ -104,3 +104,17 @@ def resize(x, size, align_corners):
             below = (1 - across) * x[:, bottom, left] + across * x[:, bottom, right]
             out[:, i, j] = (1 - down) * above + down * below
     return out
+
+
+def resizing_matrix(grid, size, align_corners):
+    """U (m, M) with `x U` the resize of flat x from `grid` to `size`, weight by weight; `y U^T` is its adjoint."""
+    U = np.zeros((grid[0] * grid[1], size[0] * size[1]))
+    rows = interpolation_weights(grid[0], size[0], align_corners)
+    columns = interpolation_weights(grid[1], size[1], align_corners)
+    for i, (top, bottom, down) in enumerate(rows):
+        for j, (left, right, across) in enumerate(columns):
+            pixel = i * size[1] + j
+            for row, weight in ((top, 1 - down), (bottom, down)):
+                U[row * grid[1] + left, pixel] += weight * (1 - across)
+                U[row * grid[1] + right, pixel] += weight * across
+    return U

@@ -71,14 +71,16 @@ def image_loss(
     """Loss of one image and its gradient with respect to the raw features V (D, M).
 
     `target` is a vector of M labels, or features shaped like V. `sums` gives Eq. 8 as written, otherwise every order
-    is averaged over its valid pairs and the sparsity over its elements. `anchors` lists the target pixels j that are
-    visited; sums over them are scaled by M / K.
+    is averaged over its valid pairs and the sparsity over its elements. `anchors` lists the K valid target pixels j
+    that are visited; sums over them are scaled by the number of valid pixels over K.
     """
     V = np.asarray(V, dtype=np.float64)
     D, M = V.shape
     labelled = np.asarray(target).ndim == 1
     valid = np.ones(M, dtype=bool) if valid is None else np.asarray(valid, dtype=bool)
-    visited = np.ones(M) if anchors is None else np.bincount(list(anchors), minlength=M) * (M / len(anchors))
+    visited = np.ones(M)
+    if anchors is not None:
+        visited = np.bincount(list(anchors), minlength=M) * (valid.sum() / len(anchors))
     both_valid = np.outer(valid, valid)
     weight = both_valid * visited  # of every pair (i, j), j the target pixel
     if not sums:

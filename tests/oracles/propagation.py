@@ -1,6 +1,7 @@
 """Propagation by the book, one image at a time: the dense M x M matrix S, then Eq. 4 or the released softmax form.
 
-Logits are (C, H, W) or (C, M), features (D, h, w) or (D, m); the options have the names the library gives them.
+Logits are (C, H, W) or (C, M), features (D, h, w) or (D, m); the options have the names the library gives them, and
+those of an affinity stand beside those of the grids.
 """
 
 import numpy as np
@@ -8,18 +9,17 @@ import numpy as np
 from . import features
 
 
-def affinity_matrix(V, W, max_order=1, weights=None, scheme="forward", similarity="dot"):
+def affinity_matrix(V, W, weights=(1.0, 1.0), scheme="forward", similarity="dot"):
     """S_ij = sum_q w_q S_q(i, j) for normalised features V (D, M) of the sources and W (D, M') of the targets."""
-    weights = [1.0] * (max_order + 1) if weights is None else weights
     S = np.zeros((V.shape[1], W.shape[1]))
-    for q in range(max_order + 1):
+    for q, weight in enumerate(weights):
         A, B = features.difference(V, q, scheme), features.difference(W, q, scheme)
         S_q = A.T @ B
         if similarity == "cosine":
             a, b = np.sqrt((A * A).sum(0)), np.sqrt((B * B).sum(0))
             norm = a[:, None] * b[None, :]
             S_q = np.where(norm == 0, 0.0, S_q / np.where(norm == 0, 1.0, norm))
-        S = S + weights[q] * S_q
+        S = S + weight * S_q
     return S
 
 
@@ -29,17 +29,27 @@ def softmax(x, axis):
     return e / e.sum(axis=axis, keepdims=True)
 
 
+def gather(L, mask, grid, align_corners):
+    """Sources at the points of a grid: the mean of the unmasked ones that fall on each, and how many these are.
+
+    A source falls on the points it is interpolated from, in the shares of the interpolation, so that it counts once.
+    """
+    U = features.resizing_matrix(grid, L.shape[1:], align_corners)
+    counts = mask.reshape(-1).astype(np.float64) @ U.T
+    total = np.where(mask, L, 0.0).reshape(len(L), -1) @ U.T
+    return np.where(counts > 0, total / np.where(counts > 0, counts, 1.0), 0.0), counts
+
+
 def propagate(
     logits,
     feats,
     target_feats=None,
     *,
-    max_order=1,
-    weights=None,
+    affinity="linear",
+    weights=(1.0, 1.0),
     scheme="forward",
     normalize="l1",
     similarity="dot",
-    affinity="linear",
     scale="sum",
     resolution="feats",
     align_corners=True,
@@ -52,42 +62,44 @@ def propagate(
     V = features.normalize(feats.reshape(len(feats), -1), normalize).reshape(feats.shape)
     W = features.normalize(targets.reshape(len(targets), -1), normalize).reshape(targets.shape)
 
+    C, grid = logits.shape[0], logits.shape[1:]
     is_flat = logits.ndim == 2
-    grid = logits.shape[1:]
     back_to_logits = is_flat or targets.shape[1:] == feats.shape[1:]
-    carried = np.ones(grid) if mask is None else np.asarray(mask).astype(np.float64)
-    L = logits if mask is None else np.where(mask, logits, 0.0)
+    on_other_grid = not is_flat and grid != feats.shape[1:]
     own = logits
-    if not is_flat and grid != feats.shape[1:]:
-        if resolution == "feats":  # the logits and the mask come down (or up) to the features
-            L, own = (features.resize(x, feats.shape[1:], align_corners) for x in (L, own))
-            carried = features.resize(carried[None], feats.shape[1:], align_corners)[0]
-        else:  # the features come up (or down) to the logits
-            if back_to_logits:
-                W = features.resize(W, grid, align_corners)
-            V = features.resize(V, grid, align_corners)
+    L = logits if mask is None else np.where(mask, logits, 0.0)
+    counts = np.ones(grid) if mask is None else np.asarray(mask).astype(np.float64)
+    if on_other_grid and resolution == "feats":  # the logits come to the features
+        own = features.resize(logits, feats.shape[1:], align_corners)
+        if mask is None:
+            L, counts = own, np.ones(feats.shape[1:])
+        else:
+            L, counts = gather(logits, np.asarray(mask), feats.shape[1:], align_corners)
+            counts = counts * counts.size / logits[0].size  # all sources together weigh as much as the points
+    elif on_other_grid:  # the features come to the logits
+        V = features.resize(V, grid, align_corners)
+        if back_to_logits:
+            W = features.resize(W, grid, align_corners)
 
     out_grid = W.shape[1:]
-    C = logits.shape[0]
-    L, own, carried = L.reshape(C, -1), own.reshape(C, -1), carried.reshape(-1)
-    S = affinity_matrix(
-        V.reshape(len(V), -1), W.reshape(len(W), -1), max_order, weights, scheme, similarity
-    )  # (sources, targets)
+    L, own, counts = L.reshape(C, -1), own.reshape(C, -1), counts.reshape(-1)
+    S = affinity_matrix(V.reshape(len(V), -1), W.reshape(len(W), -1), weights, scheme, similarity)  # (sources, targets)
 
     if affinity == "softmax":
-        out = L @ softmax(S, axis=1)
+        out = (L * counts) @ softmax(S, axis=1)
     else:
-        out = L @ S
+        out = (L * counts) @ S
         if scale == "mean":
-            total = carried.sum()
+            total = counts.sum()
             out = out / total if total > 0 else np.zeros_like(out)
         elif scale == "degree":
-            degree = carried @ S
+            degree = counts @ S
+            smallest = np.abs(degree).mean() / 1000
             for j in range(out.shape[1]):
-                if degree[j] > 0:
-                    out[:, j] = out[:, j] / degree[j]
-                else:
+                if degree[j] <= smallest:
                     out[:, j] = 0.0 if cross else own[:, j]
+                else:
+                    out[:, j] = out[:, j] / degree[j]
     out = out.reshape(C, *out_grid)
     if not is_flat and back_to_logits and out_grid != grid:
         out = features.resize(out, grid, align_corners)

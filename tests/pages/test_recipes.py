@@ -14,6 +14,7 @@ import torch
 from torch.export import Dim, export
 
 from dlprop import DerivativeLabelPropagation
+from dlprop.affinity import Linear, Softmax
 from tests.tolerances import assert_close
 
 ROOT = Path(__file__).parents[2]
@@ -160,9 +161,9 @@ def test_frame_scores_of_one_region_sum_to_its_sources():
     torch.testing.assert_close(totals, recipe["sources"].sum((2, 3)))
 
 
-def export_propagation(**options):
+def export_propagation(affinity, resolution="feats"):
     """The Module and its exported program, with every size free."""
-    propagate = DerivativeLabelPropagation(**options).eval()
+    propagate = DerivativeLabelPropagation(affinity, resolution=resolution).eval()
     N, H, W, h, w = (Dim(name, min=2, max=1024) for name in "NHWhw")
     shapes = {"logits": {0: N, 2: H, 3: W}, "feats": {0: N, 2: h, 3: w}}
     example = (torch.randn(2, 5, 24, 26), torch.rand(2, 16, 12, 13))
@@ -171,14 +172,19 @@ def export_propagation(**options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"scale": "degree"}, {"similarity": "cosine"}, {"resolution": "logits"}],
-    ids=lambda options: ", ".join(options.values()) or "Eq. 4",
+    ("affinity", "resolution"),
+    [
+        (Linear(), "feats"),
+        (Linear(scale="degree"), "feats"),
+        (Linear(similarity="cosine"), "feats"),
+        (Linear(), "logits"),
+    ],
+    ids=["Eq. 4", "degree", "cosine", "logits"],
 )
-def test_every_linear_propagation_goes_to_onnx(options):
+def test_every_linear_propagation_goes_to_onnx(affinity, resolution):
     import onnxruntime  # in the recipes only
 
-    propagate, program = export_propagation(**options)
+    propagate, program = export_propagation(affinity, resolution)
     onnx = torch.onnx.export(program, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(onnx.model_proto.SerializeToString())
     logits, feats = torch.randn(3, 5, 40, 31), torch.rand(3, 16, 21, 17)
@@ -188,6 +194,6 @@ def test_every_linear_propagation_goes_to_onnx(options):
 
 @pytest.mark.slow
 def test_the_softmax_affinity_does_not_go_to_onnx():
-    _, program = export_propagation(affinity="softmax")
+    _, program = export_propagation(Softmax())
     with pytest.raises(torch.onnx.OnnxExporterError):
         torch.onnx.export(program, dynamo=True, verbose=False)

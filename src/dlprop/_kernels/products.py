@@ -6,8 +6,6 @@ one autograd node that avoids that, and the plain formula where something else w
 of `torch.func`, or forward mode.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,21 +17,19 @@ from torch.autograd.forward_ad import unpack_dual
 from .._checks import transforms_active
 from ..difference import Scheme, metric
 
-__all__: list[str] = []
-
 # Pixels that a pass over features takes at a time, so that its temporaries stay in cache.
 PIXELS = 2048
 
 
-def _wants_plain_formula(*tensors: Tensor) -> bool:
-    if torch.compiler.is_compiling() or transforms_active():
-        return True
-    return any(unpack_dual(x).tangent is not None for x in tensors)
+def wants_plain_formula(*tensors: Tensor) -> bool:
+    """Whether a compiler, a transform of `torch.func` or forward mode wants to see the formula."""
+    is_transformed = torch.compiler.is_compiling() or transforms_active()
+    return is_transformed or any(unpack_dual(x).tangent is not None for x in tensors)
 
 
 def low_rank(L: Tensor, V: Tensor, targets: Tensor, weights: Sequence[float], scheme: Scheme) -> Tensor:
     """`((L V^T) K) V'` for logits (N, C, M), features (N, D, M) and targets V' (N, D, M'), which may be V itself."""
-    if _wants_plain_formula(L, V, targets):
+    if wants_plain_formula(L, V, targets):
         return metric(L @ V.mT, weights, 2, scheme) @ targets
     if targets is V:
         out: Tensor = _LowRank.apply(L, V, weights, scheme)[0]
@@ -71,7 +67,7 @@ class _LowRank(Function):
 
 def gram(x: Tensor) -> Tensor:
     """`x x^T` of (N, D, M), (N, D, D); its gradient `(G + G^T) x` is one product."""
-    if _wants_plain_formula(x):
+    if wants_plain_formula(x):
         return x @ x.mT
     out: Tensor = _Gram.apply(x)
     return out
@@ -89,14 +85,13 @@ class _Gram(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        out: Tensor = (grad + grad.mT) @ x
-        return out
+        return torch.matmul(grad + grad.mT, x)
 
 
 def grams_of_difference(V: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`E E^T`, `E W^T` and `W W^T` with `E = V - W` of (N, D, M), differentiable in V; W is a constant."""
     W = W.detach()
-    if _wants_plain_formula(V):
+    if wants_plain_formula(V):
         E = V - W
         return E @ E.mT, E @ W.mT, W @ W.mT
     products: tuple[Tensor, Tensor, Tensor] = _GramsOfDifference.apply(V, W)

@@ -3,8 +3,6 @@
 Pixels are rows, (N, M, D) and contiguous, so that a block of them is one piece of memory.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

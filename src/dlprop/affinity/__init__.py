@@ -5,7 +5,9 @@
 
 from ..features import Pixels
 from ._orders import Affinity
+from .discriminant import Discriminant
 from .linear import Linear
+from .ridge import Ridge
 from .softmax import Softmax
 
-__all__ = ["Affinity", "Linear", "Pixels", "Softmax"]
+__all__ = ["Affinity", "Discriminant", "Linear", "Pixels", "Ridge", "Softmax"]

@@ -1,7 +1,5 @@
 """What the affinities share: the weighted orders of the difference, and the normalisation before them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,10 +7,8 @@ from typing import Protocol
 from torch import Tensor
 
 from .. import _checks
-from ..difference import SCHEMES, STEP, Scheme, difference
-from ..features import NORMALIZATIONS, Normalize, Pixels, normalize_features
-
-__all__: list[str] = []
+from ..difference import STEP, Scheme, difference
+from ..features import Normalize, Pixels, normalize_features
 
 
 class Affinity(Protocol):
@@ -32,8 +28,8 @@ class Orders:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", _checks.weights_of_orders(self.weights))
-        _checks.choice("scheme", self.scheme, SCHEMES)
-        _checks.choice("normalize", self.normalize, NORMALIZATIONS)
+        _checks.choice("scheme", self.scheme, Scheme)
+        _checks.choice("normalize", self.normalize, Normalize)
 
     def check_channels(self, feats: Tensor) -> None:
         """Raise ValueError unless the highest order leaves a channel of ``feats`` (N, D, m)."""

@@ -1,9 +1,7 @@
 """The linear affinity: Eq. 4 as a low-rank product."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,13 +9,12 @@ from torch import Tensor
 from .. import _checks
 from .._kernels.products import low_rank
 from ..features import Pixels, inverse_norm
-from ..similarity import SIMILARITIES, Similarity
+from ..similarity import Similarity
 from ._orders import Orders
 
 __all__ = ["Linear"]
 
 Scale = Literal["sum", "mean", "degree"]
-SCALES = get_args(Scale)
 
 # A degree that is not above this share of the mean absolute degree of its image is rounding or cancellation.
 SMALLEST_DEGREE = 1e-3
@@ -61,20 +58,20 @@ class Linear(Orders):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.choice("similarity", self.similarity, SIMILARITIES)
-        _checks.choice("scale", self.scale, SCALES)
+        _checks.choice("similarity", self.similarity, Similarity)
+        _checks.choice("scale", self.scale, Scale)
 
     def propagate(self, sources: Pixels, targets: Pixels) -> Tensor:
         """`L'` of the targets; see `dlprop.affinity.Affinity`."""
         self.check_channels(sources.feats)
-        L = sources.counted(sources.logits)
+        L = sources.weighted(sources.logits)
         if self.scale == "degree":  # one more class, of which every source has 1: propagated, it is the degree
-            L = torch.cat((L, sources.counted(torch.ones_like(L[:, :1]))), dim=1)
+            L = torch.cat((L, sources.weighted(torch.ones_like(L[:, :1]))), dim=1)
         out = self._dot(L, sources, targets) if self.similarity == "dot" else self._cosine(L, sources, targets)
         if self.scale == "mean":
             if sources.counts is None:
                 return out / L.shape[2]
-            total = sources.counts.sum(dim=2, keepdim=True)
+            total = sources.weighted(torch.ones_like(sources.counts)).sum(dim=2, keepdim=True)
             return out / torch.where(total == 0, 1, total)
         return _over_degree(out, targets.logits) if self.scale == "degree" else out
 
@@ -102,5 +99,5 @@ def _over_degree(out: Tensor, own: Tensor) -> Tensor:
     """Divide by the degree in the last channel of ``out``, or fall back on a target's ``own`` logits."""
     degree = out[:, -1:]
     smallest = SMALLEST_DEGREE * degree.abs().mean(dim=2, keepdim=True)
-    is_isolated = degree <= smallest  # false for NaN, which therefore stays NaN
+    is_isolated = (degree <= smallest) & (smallest < torch.inf)  # false for NaN and inf, which therefore show
     return torch.where(is_isolated, own, out[:, :-1] / torch.where(is_isolated, 1, degree))

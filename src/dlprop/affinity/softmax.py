@@ -1,6 +1,4 @@
-"""The softmax affinity: each source spreads its logits over all targets, or over few that are much alike."""
-
-from __future__ import annotations
+"""The softmax affinity: each source spreads its logits over all targets, most of them to those most similar."""
 
 from dataclasses import dataclass
 
@@ -8,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._ops import BACKENDS, Backend, softmax_affinity
+from .._ops import Backend, softmax_affinity
 from ..difference import metric
 from ..features import Pixels
-from ..similarity import SIMILARITIES, Similarity
+from ..similarity import Similarity
 from ._orders import Orders
 
 __all__ = ["Softmax"]
@@ -26,7 +24,7 @@ class Softmax(Orders):
     `similarity="cosine"` and weights of 30 it stays close to what it was.
 
     Args:
-        weights: the weights `w_q` of the orders 0..Q, so `Q = len(weights) - 1`.
+        weights: of the orders, as in `Linear`.
         scheme: "forward", "central", "sum" or "laplacian", see `finite_difference`.
         normalize: "l1", "l2", "softmax" (all over channels) or None.
         similarity: "dot" or "cosine", see `derivative_similarity`.
@@ -35,9 +33,7 @@ class Softmax(Orders):
             "tiled": no other kernel's speed has been measured yet.
 
     Raises:
-        TypeError: options of the wrong type.
-        ValueError: unknown options, no weights, weights that are not finite, `chunk_size < 1`; in use,
-            `Q * step >= D`, or a backend that cannot run here.
+        TypeError, ValueError: as `Linear`, `chunk_size < 1`; in use, a backend that cannot run here.
 
     Cost:
         Time O(N M M' (D + C)), memory O(chunk_size * M'), at full resolution with M pixels of the logits.
@@ -56,9 +52,9 @@ class Softmax(Orders):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.choice("similarity", self.similarity, SIMILARITIES)
+        _checks.choice("similarity", self.similarity, Similarity)
         _checks.optional_integer("chunk_size", self.chunk_size, 1)
-        _checks.choice("backend", self.backend, BACKENDS)
+        _checks.choice("backend", self.backend, Backend)
 
     def propagate(self, sources: Pixels, targets: Pixels) -> Tensor:
         """`L'` of the targets; all orders are one product, `S = (K V)^T V'` or `S = [w_q Z_q]^T [Z'_q]`."""
@@ -70,5 +66,5 @@ class Softmax(Orders):
             rows, columns = self.unit_differences(sources, targets)
             queries = torch.cat([w * Z for w, Z in zip(self.weights, rows, strict=True)], dim=1)
             keys = torch.cat(columns, dim=1)
-        L = sources.counted(sources.logits)
+        L = sources.weighted(sources.logits)
         return softmax_affinity(L.mT, queries.mT, keys.mT, self.chunk_size, self.backend).mT.contiguous()

@@ -1,0 +1,129 @@
+"""Counts, sums and scatter of weighted pixels, a block of pixels at a time, and how two of them are merged."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .._precision import statistics_dtype
+from .products import wants_plain_formula
+
+# Pixels that exist less their mean at a time; few enough for the cache, enough to hide the merging of D x D numbers.
+PIXELS = 4096
+
+
+class Statistics(NamedTuple):
+    """What a linear classifier needs to know of weighted pixels with soft labels, for one image or several.
+
+    Attributes:
+        counts: `n_c = sum_i w_ci`, (..., C).
+        sums: `s_c = sum_i w_ci v_i`, (..., C, D).
+        second: `sum_i w_i (v_i - mu) (v_i - mu)^T` with `w_i = sum_c w_ci` and the mean `mu = sum_c s_c / n`,
+            (..., D, D): centred before squaring, so that a large mean does not cancel.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    second: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """`n`, (...)."""
+        return self.counts.sum(dim=-1)
+
+    @property
+    def mean(self) -> Tensor:
+        """`mu`, (..., D); 0 without a pixel."""
+        return self.sums.sum(dim=-2) / or_one(self.total)[..., None]
+
+    def merged(self, other: "Statistics") -> "Statistics":
+        """The statistics of the pixels of both: the pairwise update of Chan, Golub and LeVeque."""
+        n, m = self.total, other.total
+        gap = other.mean - self.mean
+        shift = (n * m / or_one(n + m))[..., None, None] * gap[..., :, None] * gap[..., None, :]
+        return Statistics(self.counts + other.counts, self.sums + other.sums, self.second + other.second + shift)
+
+    def over_batch(self) -> "Statistics":
+        """The statistics of all images together, with a batch of one."""
+        gap = self.mean - self.sums.sum(dim=(0, 1)) / or_one(self.total.sum())
+        between = torch.einsum("n,nd,ne->de", self.total, gap, gap)
+        counts, sums = (x.sum(dim=0, keepdim=True) for x in self[:2])
+        return Statistics(counts, sums, (self.second.sum(dim=0) + between)[None])
+
+
+def or_one(n: Tensor) -> Tensor:
+    """``n`` as a divisor: 1 where there is nothing to divide."""
+    return torch.where(n == 0, 1, n)
+
+
+def moments(weights: Tensor, V: Tensor) -> Statistics:
+    """The statistics of every image, for class weights (N, C, M) and features (N, D, M).
+
+    Their entries are float64 where the device has it. A block of pixels is centred at its own mean, so that the scatter
+    is a sum of squares whatever the mean is, and where all features are one it is next to nothing.
+    """
+    if wants_plain_formula(weights, V):
+        return _plain(weights, V)
+    return Statistics(*_Moments.apply(weights, V))
+
+
+def centred(weights: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The counts, the sums, and the features less their mean."""
+    dtype = statistics_dtype(V)
+    w = weights.sum(dim=1, keepdim=True)
+    mean = _mean(w, V)
+    E = V - mean
+    counts = weights.sum(dim=2, dtype=dtype)
+    return counts, (weights @ E.mT).to(dtype) + counts[:, :, None] * mean.mT.to(dtype), E
+
+
+def _mean(w: Tensor, V: Tensor) -> Tensor:
+    """(N, D, 1)."""
+    return (V @ w.mT) / or_one(w.sum(dim=2, keepdim=True))
+
+
+def _plain(weights: Tensor, V: Tensor) -> Statistics:
+    counts, sums, E = centred(weights, V)
+    second = (weights.sum(dim=1, keepdim=True) * E) @ E.mT
+    return Statistics(counts, sums, second.to(counts.dtype))
+
+
+class _Moments(Function):
+    """The features less their mean exist a block at a time, in forward and in backward."""
+
+    @staticmethod
+    def forward(weights: Tensor, V: Tensor) -> Statistics:
+        first, *rest = zip(weights.split(PIXELS, dim=2), V.split(PIXELS, dim=2), strict=True)
+        statistics = _plain(*first)
+        for block in rest:
+            statistics = statistics.merged(_plain(*block))
+        return statistics
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Statistics) -> None:
+        ctx.save_for_backward(*inputs, Statistics(*output).mean)
+
+    @staticmethod
+    def backward(ctx: Any, grad_counts: Tensor, grad_sums: Tensor, grad_second: Tensor) -> tuple[Tensor, Tensor]:
+        weights, V, mean = ctx.saved_tensors
+        mean = mean[:, :, None]
+        if torch.is_grad_enabled():  # to be differentiated again, through the mean too
+            mean = _mean(weights.sum(dim=1, keepdim=True), V)
+        # The scatter does not change with the mean it is taken around.
+        of_count = (grad_counts[:, :, None] + grad_sums @ mean.to(grad_sums.dtype)).to(V.dtype)
+        first, second, mean = (x.to(V.dtype) for x in (grad_sums, grad_second + grad_second.mT, mean))
+
+        def of_block(weights: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+            E = V - mean
+            pulled = second @ E
+            grad_weights = of_count + first @ E + (E * pulled).sum(dim=1, keepdim=True) / 2
+            return grad_weights, first.mT @ weights + weights.sum(dim=1, keepdim=True) * pulled
+
+        if torch.is_grad_enabled():
+            return of_block(weights, V)
+        grads = weights.new_empty(weights.shape), V.new_empty(V.shape)
+        for *inputs, grad_weights, grad_V in zip(*(x.split(PIXELS, dim=2) for x in (weights, V, *grads)), strict=True):
+            for grad, value in zip((grad_weights, grad_V), of_block(*inputs), strict=True):
+                grad.copy_(value)
+        return grads
