@@ -1,65 +1,71 @@
-"""`python -m benchmarks`: measure the cases, print a table, write JSON; or redraw tables and plots from the JSON."""
+"""`python -m benchmarks`: measure the cases in one run; print the tables or, with --full --save, write them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import accuracy, growth, machine, results, suite, table
-from .cases import CASES
-from .growth import GROWTH
+from . import machine, results, runner, table
+from .cases import ACCURACY_EDGE, CASES
 
-EVERYTHING = (*CASES, *GROWTH, "ragged", "accuracy")
+ACCURACY = "accuracy"
+EVERYTHING = (*CASES, ACCURACY)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
-    if options.table or options.plot:
-        return redraw(options.table, options.plot)
+    if options.table:
+        found = results.load("cpu")
+        if found is None:
+            print(f"there are no results in {results.FOLDER}: run with --full --save first", file=sys.stderr)
+            return 1
+        publish(found)
+        return 0
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, for ours and all others
-    torch.manual_seed(0)
-    found = run(options)
-    print(table.targets(found))
-    print(f"\n{table.machine(found)}")
-    troubles = list(failures(found))
     if options.save:
-        if not options.cases:  # a whole run stands alone, once it is whole
-            save(found)
-        redraw(tables=True, plots=True)
-    for trouble in troubles:
-        print(f"FAILED {trouble}", file=sys.stderr)
-    return 1 if troubles else 0
+        table.check_marks()
+    torch.manual_seed(0)
+    try:
+        found = run(options)
+    except runner.DisagreementError as error:
+        print(f"\nFAILED {error}\nNothing is saved.", file=sys.stderr)
+        return 1
+    print("\n\n".join(tables(found)))
+    if options.save:
+        publish(found)
+    return 0
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    described = {name: case.title for name, case in CASES.items()}
-    described |= {name: f"growth with the pixels: {one.title}" for name, one in GROWTH.items()}
-    described |= {"ragged": "the loss at neighbouring numbers of pixels", "accuracy": "errors against float64"}
+    described = {name: case.title + (", growth with the pixels" if case.edges else "") for name, case in CASES.items()}
+    described[ACCURACY] = f"errors against float64 at {ACCURACY_EDGE} x {ACCURACY_EDGE}"
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Speed, memory and accuracy of dlprop beside what one would write or install instead.",
+        description="Speed, memory and accuracy of dlprop beside what one would write instead.",
         epilog="cases:\n" + "\n".join(f"  {name:24}{described[name]}" for name in EVERYTHING),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="cases to run (default: all that belong to the mode)")
-    parser.add_argument("--full", action="store_true", help="all variants, sizes and competitors, more rounds (long)")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/VERSION, README table and plots")
-    parser.add_argument("--table", action="store_true", help="measure nothing: write the README table from the JSON")
-    parser.add_argument("--plot", action="store_true", help="measure nothing: draw the plots from the JSON")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--full", action="store_true", help="all variants and sizes, more rounds (takes long)")
+    parser.add_argument("--save", action="store_true", help="with --full: write benchmarks/results, tables and plots")
+    parser.add_argument("--table", action="store_true", help="measure nothing: write tables and plots from the JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.cases if name not in EVERYTHING]
     if unknown:
         parser.error(f"unknown case {unknown[0]!r}; choose from {', '.join(EVERYTHING)}")
+    if options.save and (options.cases or not options.full):
+        parser.error("--save takes a whole run: give it with --full and without cases")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -68,82 +74,54 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the chosen cases one by one; what is done so far is on disk whatever comes."""
-    mode = "full" if options.full else "quick"
-    facts, rates = machine.facts(options.device), machine.rates(options.device)
-    settings = suite.Settings(options.device, mode, not options.no_memory, rates, facts)
-    found: dict[str, Any] = {"format": 2, "device": options.device, "machine": facts, "rates": rates, "entries": {}}
+    """Run the chosen cases one by one; one that fails its check ends the run."""
+    settings = runner.Settings(options.device, "full" if options.full else "quick")
+    found: dict[str, Any] = {"format": results.FORMAT, "device": options.device, "mode": settings.mode}
+    found |= machine.provenance() | {"machine": machine.facts(options.device), "rates": machine.rates(options.device)}
+    found |= {"cases": {}, ACCURACY: []}
     begin = time.perf_counter()
-    for name in options.cases or names(options.device, mode):
+    for name in EVERYTHING:
+        if name not in (options.cases or names(settings.mode)):
+            continue
         print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
-        start = time.perf_counter()
-        found["entries"][name] = entry(name, settings)
-        results.write(found, results.PARTIAL)
-        if options.save and options.cases:  # a single case goes into what is there, as soon as it is measured
-            save(results.merged(results.load(options.device), found))
-        print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
+        start, noise = time.perf_counter(), ""
+        if name == ACCURACY:
+            found[ACCURACY] = runner.accuracy(settings)
+        else:
+            entry = found["cases"][name] = runner.run(name, settings)
+            noise = f" (rounds: {table.rounds(entry)})" if entry["is_noisy"] else ""
+        print(f"{time.perf_counter() - start:.1f} s{noise}", file=sys.stderr)
     print(f"{time.perf_counter() - begin:.0f} s in all", file=sys.stderr)
     return found
 
 
-def names(device: str, mode: str) -> list[str]:
-    """What a run of ``mode`` measures on ``device``."""
-    is_full = mode == "full"
-    cases = [name for name, case in CASES.items() if device in case.devices and (is_full or case.is_quick)]
-    growth = [name for name, growth in GROWTH.items() if device in growth.devices]
-    return [*cases, *growth, *(["ragged"] if is_full else []), "accuracy"]
+def names(mode: str) -> tuple[str, ...]:
+    """What a run of ``mode`` measures."""
+    return EVERYTHING if mode == "full" else tuple(name for name, case in CASES.items() if case.is_quick)
 
 
-def save(found: dict[str, Any]) -> None:
-    """Check and write the results of this version, in the order of the cases."""
-    found = found | {"entries": {name: found["entries"][name] for name in EVERYTHING if name in found["entries"]}}
-    results.check(results.finite(found))
+def tables(found: dict[str, Any]) -> list[str]:
+    """What a run prints: the targets, and in a full run the rest."""
+    parts = [table.targets(found), table.machine(found)]
+    if found["mode"] == "full":
+        parts += [table.variants(found), table.growth(found), table.accuracy(found)]
+    return [part for part in parts if part.count("\n") != 1]  # without rows
+
+
+def publish(found: dict[str, Any]) -> None:
+    """Write JSON, plots and, of a CPU, the tables of the pages: all of it is made before any of it is written."""
+    from . import plots
+
+    found = results.finite(found)
+    results.check(found)
+    pages = table.pages(found) if found["device"] == "cpu" else {}
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = {results.FOLDER / path.name: path.read_bytes() for path in plots.draw_all(found, Path(folder))}
     results.write(found, results.FOLDER)
-
-
-def entry(name: str, settings: suite.Settings) -> dict[str, Any]:
-    """The results of one case; an exception becomes a note, so that it costs no other case's results."""
-    try:
-        if name in CASES:
-            return suite.run_case(name, settings)
-        if name in GROWTH:
-            return growth.run(name, settings)
-        if name == "ragged":
-            return growth.run_ragged(settings)
-        return accuracy.run(settings.device, settings.mode)
-    except Exception as error:
-        note = f"{type(error).__name__}: {error}"[:500]
-        return {"title": name, "group": "failed", "run": machine.provenance(settings.mode), "note": note}
-
-
-def failures(found: dict[str, Any]) -> list[str]:
-    """What went wrong, one line each: a case or variant that raised, or that disagrees with ours."""
-    lines = []
-    for name, entry in found["entries"].items():
-        if entry["group"] == "failed":
-            lines.append(f"{name}: {entry['note']}")
-        for variants in (entry.get("variants", {}), *(point["variants"] for point in entry.get("points", ()))):
-            for variant, facts in variants.items():
-                if facts["status"] in ("failed", "disagrees"):
-                    lines.append(f"{name}, {variant}: {facts['note']}")
-    return lines
-
-
-def redraw(tables: bool, plots: bool) -> int:
-    """Write the tables of the README and the docs, and the plots, from the committed JSON."""
-    found = results.load("cpu")
-    if found is None:
-        print(f"there are no results in {results.FOLDER}: run with --save first", file=sys.stderr)
-        return 1
-    if tables:
-        table.replace_in_pages(found, results.load("cuda"))
-    if plots:
-        from . import plots as drawing
-
-        for one in (found, results.load("cuda")):
-            if one is not None:
-                drawing.draw_all(one, results.FOLDER)
-    return 0
+    for path, content in drawn.items():
+        path.write_bytes(content)
+    for page, text in pages.items():
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,324 +1,424 @@
-"""The variants of every problem: ours first, then what stands beside it. Building makes inputs, running does work.
+"""The variants of every problem: ours first, then what stands beside it. Building makes inputs, running does the work.
 
-The counts are of matrix products in multiply-and-add pairs (two operations each); `pairs` is M^2 N, the entries of the
-similarity matrices of one order.
+The plain formulas are what one would write from the paper's equations; they share no code with the library.
 """
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dlprop import DerivativeLabelPropagation, DerivativeLoss, MomentumAverager
-from dlprop._ops import Backend
+from dlprop.affinity import Affinity, Linear
+from dlprop.statistics import ClassStatistics
 
-from . import beside
-from .problem import Problem, UnavailableError, Variant, Variants, Work, compiled, forward, forward_backward
+OURS, PLAIN, COMPILED = "dlprop", "plain PyTorch", "plain PyTorch, compiled"
+PRODUCTS, THREE_PRODUCTS = "its two matrix products", "its three matrix products"
+MATRIX = "Eq. 4 as an M x M matrix"
+BARE_PRODUCT = "the bare product `V V^T`"
+SAME_OPERATIONS = "one matrix product of as many operations"
+ONE_PRODUCT_PER_ORDER = "one matrix product per order"
+ANCHORS = 1024  # of the sampled loss
+EDGE = 2048  # of the matrices of a product that does nothing but multiply
+REPEATED = (1 << 23) - 15  # odd, so that no two channels of an image are alike
+
+# "ours" and "equivalent" compute the same thing and must agree; "related" does the same work for another result;
+# "bound" is less than the task takes, such as its bare matrix products.
+Kind = Literal["ours", "equivalent", "related", "bound"]
 
 
-def backends(p: Problem, make: Callable[[Backend], Variant]) -> Variants:
-    """Ours as a user gets it ("auto"), and each backend by its name. On CPUs "auto" is the tiled one."""
-    names: tuple[Backend, ...] = ("dense", "tiled", "triton") if p.device == "cuda" else ("dense",)
-    return {"dlprop": make("auto"), **{f"dlprop {name}": make(name) for name in names}}
+@dataclass(frozen=True)
+class Problem:
+    """Sizes in the letters of the paper, and inputs, the same at every call.
+
+    ``grid`` is the features' grid where it is not that of the logits, ``eta`` the weight of the sparsity term, which a
+    comparison of results sets to 0: the sign of a second difference that is nearly 0 is rounding.
+    """
+
+    height: int
+    width: int
+    n: int = 1
+    D: int = 256
+    C: int = 21
+    grid: tuple[int, int] | None = None
+    eta: float = 0.5
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of the similarities of all pairs of pixels."""
+        return self.n * self.pixels**2 * self.dtype.itemsize
+
+    def features(self, seed: int = 1) -> Tensor:
+        """Features (N, D, h, w) between 0 and 1, as after a ReLU."""
+        return self._drawn(torch.rand, (self.n, self.D, *(self.grid or (self.height, self.width))), seed)
+
+    def logits(self, seed: int = 2) -> Tensor:
+        """Normal numbers (N, C, H, W)."""
+        return self._drawn(torch.randn, (self.n, self.C, self.height, self.width), seed)
+
+    def labels(self, seed: int = 3) -> Tensor:
+        """Labels (N, H, W)."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.C, (self.n, self.height, self.width), generator=generator).to(self.device)
+
+    def _drawn(self, sampler: Callable[..., Tensor], shape: tuple[int, ...], seed: int) -> Tensor:
+        """Random numbers, which large tensors repeat: drawing those of a whole street image takes ten seconds."""
+        total = math.prod(shape)
+        block = sampler(min(total, REPEATED), generator=torch.Generator().manual_seed(seed))
+        if total > REPEATED:
+            block = block.repeat(-(-total // REPEATED))[:total]
+        return block.view(shape).to(self.device, self.dtype)
 
 
-def in_tensor_cores(p: Problem, backend: str) -> bool:
-    """Whether the Triton kernels do the work: on a GPU the suite allows TF32, and "auto" takes them."""
-    return backend == "triton" or (backend == "auto" and p.device == "cuda")
+@dataclass(frozen=True)
+class Variant:
+    """One way to solve a problem. ``run`` does the whole step and returns the output, or the value and gradients."""
+
+    run: Callable[[], tuple[Tensor, ...]] = tuple
+    kind: Kind = "equivalent"
+    needs: float = 0.0  # bytes beyond its inputs, where they may be more than there are
+    compiles: bool = False  # at the first run, which therefore says nothing about the time
+    sample: Callable[[], float] | None = None  # returns the seconds itself, where timing ``run`` is not the way
+
+
+Variants = dict[str, Variant]
+
+
+def step(
+    function: Callable[[], Tensor],
+    *trained: Tensor,
+    grad: Tensor | None = None,
+    kind: Kind = "equivalent",
+    **facts: Any,
+) -> Variant:
+    """A step that computes the value and its gradients in the ``trained`` tensors, or without any the value alone."""
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(bool(trained)):
+            out = function()
+        return (out.detach(), *(torch.autograd.grad(out, trained, grad) if trained else ()))
+
+    return Variant(run, kind, **facts)
+
+
+def compared(
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    tensors: tuple[Tensor, Tensor],
+    *trained: Tensor,
+    grad: Tensor | None = None,
+    needs: float,
+) -> Variants:
+    """Ours, the plain formula and what torch.compile makes of it; the formula needs so many bytes."""
+    compiled = torch.compile(plain, dynamic=False, fullgraph=True)
+    return {
+        OURS: step(lambda: ours(*tensors), *trained, grad=grad, kind="ours"),
+        PLAIN: step(lambda: plain(*tensors), *trained, grad=grad, needs=needs),
+        COMPILED: step(lambda: compiled(*tensors), *trained, grad=grad, needs=needs, compiles=True),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain formulas.
+
+
+def unit(feats: Tensor) -> Tensor:
+    """Flat features whose channels sum to one in absolute value."""
+    return (feats / feats.abs().sum(dim=1, keepdim=True).clamp_min(1e-12)).flatten(2)
+
+
+def similarity(V: Tensor) -> Tensor:
+    """`S + D1S`, Eq. 1 and 9, as an M x M matrix."""
+    A = V.diff(dim=1)
+    return V.mT @ V + A.mT @ A
+
+
+def plain_propagation(logits: Tensor, feats: Tensor) -> Tensor:
+    """Eq. 4 as it reads."""
+    return (logits.flatten(2) @ similarity(unit(feats))).view_as(logits)
+
+
+def plain_softmax(logits: Tensor, feats: Tensor) -> Tensor:
+    """`L softmax(S, -1)`: every source spreads its logits over all targets."""
+    return (logits.flatten(2) @ similarity(unit(feats)).softmax(dim=-1)).view_as(logits)
+
+
+def plain_loss(feats: Tensor, target: Tensor, eta: float = 0.5, norm: Callable[[Tensor], Tensor] = torch.abs) -> Tensor:
+    """Eq. 8: a matrix of residuals for each order, and the sparsity. Against labels or, Eq. 9, another view."""
+    V = unit(feats)
+    A = V.diff(dim=1)
+    if target.is_floating_point():
+        W = unit(target)
+        B = W.diff(dim=1)
+        G = W.mT @ W, B.mT @ B
+    else:
+        y = target.flatten(1)
+        G = ((y[:, :, None] == y[:, None, :]).to(V.dtype),) * 2
+    return norm(V.mT @ V - G[0]).mean() + norm(A.mT @ A - G[1]).mean() + eta * A.diff(dim=1).abs().mean()
+
+
+def over_covariance(x: Tensor, covariance: Tensor, shrinkage: float) -> Tensor:
+    """`x (Sigma + shrinkage tr(Sigma) / D T)^{-1}`, `T = (I + A_1^T A_1)^{-1}` scaled to a mean diagonal of 1."""
+    identity = torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
+    A = identity.diff(dim=0)
+    T = torch.linalg.inv(identity + A.T @ A)
+    variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+    return torch.linalg.solve(covariance + shrinkage * variance * T / T.diagonal().mean(), x.mT).mT
+
+
+def plain_discriminant(logits: Tensor, feats: Tensor) -> Tensor:
+    """Linear discriminant analysis of the image, with its prediction for soft labels."""
+    P, V = logits.flatten(2).softmax(dim=1), feats.flatten(2)
+    n, E = P.sum(dim=2, keepdim=True), V - V.mean(dim=2, keepdim=True)
+    means = P @ E.mT / (n + 1)
+    A = over_covariance(means, E @ E.mT / E.shape[2], 0.1)
+    bias = torch.log(n / E.shape[2] + 1e-4) - (A * means).sum(dim=2, keepdim=True) / 2
+    return (A @ E + bias).log_softmax(dim=1).view_as(logits)
+
+
+def plain_ridge(logits: Tensor, feats: Tensor) -> Tensor:
+    """The prediction fitted linearly by the features, with weighted pixels."""
+    P, V = logits.flatten(2).softmax(dim=1), feats.flatten(2)
+    w = (P * ((P.sum(dim=2, keepdim=True) + 1) / P.shape[2]) ** -0.5).sum(dim=1, keepdim=True)
+    w = w / w.sum(dim=2, keepdim=True)
+    shares, E = (P * w).sum(dim=2, keepdim=True), V - (V * w).sum(dim=2, keepdim=True)
+    B = over_covariance(((P - shares) * w) @ E.mT, (w * E) @ E.mT, 0.03)
+    fitted = (shares + B @ E).clamp_min(1e-6)
+    return torch.log(fitted / fitted.sum(dim=1, keepdim=True)).view_as(logits)
+
+
+def attention(logits: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """The same products under a softmax over the SOURCES of each target, `scaled_dot_product_attention`.
+
+    The values are padded to the channels of the keys: torch's streaming kernel wants them equal, and without it the
+    M x M matrix is formed and takes three times as long.
+    """
+    queries, keys = (x.mT.contiguous()[:, None] for x in (queries, keys))
+    values = F.pad(logits.flatten(2).mT, (0, keys.shape[3] - logits.shape[1]))[:, None]
+    out = F.scaled_dot_product_attention(queries, keys, values.contiguous(), scale=1.0)
+    return out[:, 0, :, : logits.shape[1]].mT.reshape(logits.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Propagation.
+
+
+def affinity(
+    p: Problem,
+    ours: Affinity | str,
+    plain: Callable[[Tensor, Tensor], Tensor],
+    *,
+    needs: float,
+    is_trained: bool = False,
+) -> Variants:
+    """Any affinity beside its formula, which needs so many bytes: forward, or a step that trains V."""
+    logits, feats = p.logits(), p.features().requires_grad_(is_trained)
+    trained, grad = ((feats,), p.logits(4)) if is_trained else ((), None)
+    propagate = DerivativeLabelPropagation(ours)
+    return compared(propagate, plain, (logits, feats), *trained, grad=grad, needs=needs)
 
 
 def propagation(p: Problem) -> Variants:
     """Eq. 4, forward."""
-    logits, feats = p.logits(), p.features()
-    pairs, e = p.n * p.M**2, p.element
-    written = Work(pairs * (4 * p.D + 2 * p.C), 0, 3 * e * pairs)
-    low_rank = Work(4 * p.n * p.M * p.D * p.C, e * p.n * p.M * (2 * p.D + 2 * p.C), 4 * e * p.n * p.M * p.C)
-    dense = Work(pairs * (4 * p.D + 2 * p.C), 0, 4 * e * pairs)
-    L, V = logits.flatten(2), feats.flatten(2)
-
-    def ours(backend: Backend) -> Variant:
-        propagate = DerivativeLabelPropagation(backend=backend)
-        return Variant(forward(lambda: propagate(logits, feats)), "ours", dense if backend == "dense" else low_rank)
-
-    compiled_propagation = compiled(beside.dense_propagation)
-    variants = backends(p, ours)
-    variants.pop("dlprop triton", None)  # the linear affinity is matrix products
-    return variants | {
-        "dense PyTorch": Variant(forward(lambda: beside.dense_propagation(logits, feats)), work=written),
-        "dense, compiled": Variant(forward(lambda: compiled_propagation(logits, feats)), work=written, compiles=True),
-        "KeOps": Variant(
-            forward(lambda: beside.keops_propagation(logits, feats)), work=Work(written.operations), compiles=True
-        ),
-        "its two matrix products": Variant(forward(lambda: (L @ V.mT) @ V), "bound", low_rank),
-    }
-
-
-def propagation_large(p: Problem) -> Variants:
-    """Eq. 4 on whole street images: without and with normalisation, and with its backward."""
-    logits, feats = p.logits(), p.features()
-    grad, trained = p.logits(4), feats.detach().requires_grad_()
-    source = logits.detach().requires_grad_()
-    plain, normalized = DerivativeLabelPropagation(normalize=None), DerivativeLabelPropagation()
-    L, V = logits.flatten(2)[0], feats.flatten(2)[0]
-    e, product = p.element, 4 * p.n * p.M * p.D * p.C
-    work = Work(product, e * p.M * (2 * p.D + 2 * p.C), 2 * e * p.M * p.C)
-    # Backward multiplies four times: into the gradients of logits and prototypes, and twice into that of the features.
-    both = Work(3 * product, e * p.M * (5 * p.D + 6 * p.C), e * p.M * (3 * p.D + 4 * p.C))
-    return {
-        "dlprop": Variant(forward(lambda: plain(logits, feats)), "ours", work),
-        "dlprop, L1-normalised": Variant(forward(lambda: normalized(logits, feats)), "related", work),
-        "dlprop, forward and backward": Variant(
-            forward_backward(lambda: plain(source, trained), source, trained, grad=grad), "related", both
-        ),
-        "its two matrix products": Variant(forward(lambda: (L @ V.T) @ V), "bound", work),
-    }
-
-
-def full_resolution(p: Problem) -> Variants:
-    """Eq. 4 at the logits' resolution with features on a coarse grid."""
-    logits, feats = p.logits(), p.features()
-    size = (p.height, p.width)
-    full = DerivativeLabelPropagation(resolution="logits")
-    coarse = DerivativeLabelPropagation(resolution="feats")
-    upsampled = DerivativeLabelPropagation(normalize=None)
-    small = feats.shape[2] * feats.shape[3]
-
-    def upsample() -> Tensor:
-        V = feats / feats.abs().sum(dim=1, keepdim=True)
-        return upsampled(logits, F.interpolate(V, size=size, mode="bilinear", align_corners=True))
-
-    work = Work(4 * small * p.D * p.C, p.element * (2 * small * p.D + 4 * p.M * p.C), 4 * p.element * p.M * p.C)
-    large = Work(4 * p.M * p.D * p.C, 0, p.element * p.M * (p.D + 4 * p.C))
-    return {
-        "dlprop": Variant(forward(lambda: full(logits, feats)), "ours", work),
-        "features upsampled": Variant(forward(upsample), work=large),
-        "feature grid with two resizes": Variant(forward(lambda: coarse(logits, feats)), "related", work),
-    }
-
-
-def loss_consistency(p: Problem, *, eta: float = 0.5, scale: float | None = None) -> Variants:
-    """Eq. 8 against another view, forward and backward."""
-    feats, view = p.features().requires_grad_(), p.features(5)
-    pairs, e = p.n * p.M**2, p.element
-    once = Work(8 * pairs * p.D, e * p.n * p.M * p.D * 8, 4 * e * p.n * p.M * p.D)
-    # Without the symmetry of the similarities, which the Triton kernels do not use.
-    both_halves = Work(12 * pairs * p.D, once.traffic, 2 * once.peak, in_half=True)
-    autograd = Work(16 * pairs * p.D, 0, 6 * e * pairs)
-
-    def ours(backend: Backend) -> Variant:
-        loss = DerivativeLoss(eta=eta, backend=backend)
-        work = Work(12 * pairs * p.D, 0, 4 * e * pairs) if backend == "dense" else once
-        work = both_halves if in_tensor_cores(p, backend) else work
-        return Variant(forward_backward(lambda: loss(feats, view), feats, scale=scale), "ours", work)
-
-    compiled_loss = compiled(beside.dense_loss)
-    return backends(p, ours) | {
-        "dense autograd": Variant(
-            forward_backward(lambda: beside.dense_loss(feats, view, eta), feats, scale=scale), work=autograd
-        ),
-        "dense, compiled": Variant(
-            forward_backward(lambda: compiled_loss(feats, view, eta), feats, scale=scale), work=autograd, compiles=True
-        ),
-        "KeOps": Variant(
-            forward_backward(lambda: beside.keops_loss(feats, view), feats, scale=scale),
-            work=Work(autograd.operations),
-            compiles=True,
-        ),
-    }
-
-
-def loss_labelled(p: Problem, *, signed: bool = False, eta: float = 0.5, scale: float | None = None) -> Variants:
-    """Eq. 8 against labels, forward and backward."""
-    feats, labels = p.features(signed=signed).requires_grad_(), p.labels()
-    pairs, e = p.n * p.M**2, p.element
-    # Non-negative features have order 0 in closed form; every other order takes 3 M^2 D.
-    once = Work(3 * (2 if signed else 1) * pairs * p.D, e * p.n * p.M * p.D * 6, 4 * e * p.n * p.M * p.D)
-    both_halves = Work(8 * pairs * p.D, once.traffic, 2 * once.peak, in_half=True)
-    autograd = Work(12 * pairs * p.D, 0, 6 * e * pairs)
-
-    def ours(backend: Backend) -> Variant:
-        loss = DerivativeLoss(eta=eta, backend=backend)
-        work = autograd if backend == "dense" else once
-        work = both_halves if in_tensor_cores(p, backend) else work
-        return Variant(forward_backward(lambda: loss(feats, labels), feats, scale=scale), "ours", work)
-
-    compiled_loss = compiled(beside.dense_labelled_loss)
-    return backends(p, ours) | {
-        "dense autograd": Variant(
-            forward_backward(lambda: beside.dense_labelled_loss(feats, labels, eta), feats, scale=scale), work=autograd
-        ),
-        "dense, compiled": Variant(
-            forward_backward(lambda: compiled_loss(feats, labels, eta), feats, scale=scale),
-            work=autograd,
-            compiles=True,
-        ),
-    }
-
-
-def loss_sampled(p: Problem, *, anchors: int = 1024) -> Variants:
-    """Eq. 8 with ``anchors`` target pixels a draw, beside all pairs."""
-    feats, view = p.features().requires_grad_(), p.features(5)
-    sampled, exact = DerivativeLoss(num_anchors=anchors), DerivativeLoss()
-    K, e = min(anchors, p.M), p.element
-    work = Work(16 * p.n * p.M * K * p.D, e * p.n * p.M * p.D * 8, 6 * e * p.n * p.M * p.D)
-    return {
-        "dlprop": Variant(forward_backward(lambda: sampled(feats, view), feats), "ours", work),
-        "dlprop, exact": Variant(
-            forward_backward(lambda: exact(feats, view), feats), "related", Work(8 * p.n * p.M**2 * p.D)
-        ),
-    }
-
-
-def loss_frobenius(p: Problem, *, eta: float = 0.5, scale: float | None = None) -> Variants:
-    """The squared loss, forward and backward, beside one D x M by M x D product an order."""
-    feats, view = p.features().requires_grad_(), p.features(5)
-    ours = DerivativeLoss(eta=eta, norm="frobenius")
-    V, W, e = feats.detach().flatten(2), view.flatten(2), p.element
-    product = 2 * p.n * p.M * p.D**2
-    # For both orders: three products in forward, two in backward; each pass reads both features, backward writes one.
-    work = Work(5 * product, e * p.n * p.M * p.D * 10, 8 * e * p.n * p.M * p.D)
-
-    def products() -> Tensor:
-        return torch.stack([V @ W.mT for _ in range(2)])
-
-    dense = Work(16 * p.n * p.M**2 * p.D, 0, 8 * e * p.n * p.M**2)
-    return {
-        "dlprop": Variant(forward_backward(lambda: ours(feats, view), feats, scale=scale), "ours", work),
-        "dense autograd": Variant(
-            forward_backward(lambda: beside.dense_squared_loss(feats, view, eta), feats, scale=scale), work=dense
-        ),
-        "one product per order": Variant(forward(products), "bound", Work(2 * product)),
-    }
+    L, V = p.logits().flatten(2), p.features().flatten(2)
+    bound = {PRODUCTS: step(lambda: (L @ V.mT) @ V, kind="bound")}
+    return affinity(p, "linear", plain_propagation, needs=3 * p.matrix_bytes) | bound
 
 
 def softmax(p: Problem) -> Variants:
     """The softmax affinity, forward and backward."""
-    logits, feats, grad = p.logits(), p.features().requires_grad_(), p.logits(4)
-    pairs, e = p.n * p.M**2, p.element
-    streamed = Work(8 * pairs * (p.D + p.C), e * p.n * p.M * p.D * 8, (64 << 20) + 6 * e * p.n * p.M * p.D)
-    # Two pieces a number make three products of each; the probabilities are formed four times, and once more their sum.
-    in_pieces = Work(6 * pairs * (7 * p.D + 4 * p.C), streamed.traffic, streamed.peak, in_half=True)
-    autograd = Work(pairs * (12 * p.D + 6 * p.C), 0, 5 * e * pairs)
+    logits, grad, queries = p.logits(), p.logits(4), unit(p.features())
+    A = queries.diff(dim=1)
+    keys = queries + F.pad(A, (0, 0, 1, 0)) - F.pad(A, (0, 0, 0, 1))  # K V: both orders in one product
+    trained = queries.requires_grad_(), keys.requires_grad_()
+    beside = step(lambda: attention(logits, queries, keys), *trained, grad=grad, kind="related")
+    return affinity(p, "softmax", plain_softmax, is_trained=True, needs=5 * p.matrix_bytes) | {"attention": beside}
 
-    def step(function: Callable[[Tensor, Tensor], Tensor]) -> Any:
-        return forward_backward(lambda: function(logits, feats), feats, grad=grad)
 
-    def ours(backend: Backend) -> Variant:
-        propagate = DerivativeLabelPropagation(affinity="softmax", backend=backend)
-        work = autograd if backend == "dense" else streamed
-        return Variant(step(propagate), "ours", in_pieces if in_tensor_cores(p, backend) else work)
+def masked(p: Problem) -> Variants:
+    """Eq. 4 of half of the sources, forward and backward, beside that of all."""
+    logits, feats, grad = p.logits().requires_grad_(), p.features().requires_grad_(), p.logits(4)
+    mask = p.labels() % 2 == 0
+    propagate = DerivativeLabelPropagation()
 
-    V = beside.unit(feats.detach())
-    queries = V.requires_grad_()
-    keys = (V + _metric(V)).detach().requires_grad_()
-    return backends(p, ours) | {
-        "dense autograd": Variant(step(beside.dense_softmax), work=autograd),
-        "dense, compiled": Variant(step(compiled(beside.dense_softmax)), work=autograd, compiles=True),
-        "KeOps": Variant(step(beside.keops_softmax), work=Work(autograd.operations), compiles=True),
-        "attention (normalised over the sources)": Variant(
-            forward_backward(lambda: beside.attention(logits, queries, keys), queries, keys, grad=grad),
-            "related",
-            streamed,
-        ),
+    def by_hand() -> Tensor:
+        return propagate(torch.where(mask[:, None], logits, 0), feats)
+
+    trained = logits, feats
+    return {
+        OURS: step(lambda: propagate(logits, feats, mask=mask), *trained, grad=grad, kind="ours"),
+        "dlprop, logits set to 0 by hand": step(by_hand, *trained, grad=grad),
+        "dlprop without a mask": step(lambda: propagate(logits, feats), *trained, grad=grad, kind="related"),
     }
 
 
-def _metric(V: Tensor) -> Tensor:
-    """`A_1^T A_1 V` along the channels, the derivative part of `K V`."""
-    A = V.detach().diff(dim=1)
-    return F.pad(A, (0, 0, 1, 0)) - F.pad(A, (0, 0, 0, 1))
-
-
-def released(p: Problem) -> Variants:
-    """The released affinity of two projections down to C channels, forward and backward."""
-    logits, grad = p.logits(), p.logits(4)
-    f1, f2 = p.logits(6).requires_grad_(), p.logits(7).requires_grad_()
-    weights = (p.C**-0.5, (p.C - 1) ** -0.5)
-    pairs, e = p.n * p.M**2, p.element
-    streamed = Work(16 * pairs * p.C, e * p.n * p.M * p.C * 12, 64 << 20)
-    in_pieces = Work(108 * pairs * p.C, streamed.traffic, streamed.peak, in_half=True)  # as above, with D = 2 C
-    autograd = Work(18 * pairs * p.C, 0, 6 * e * pairs)
-
-    def step(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Any:
-        return forward_backward(lambda: function(logits, f1, f2), f1, f2, grad=grad)
-
-    def ours(backend: Backend) -> Variant:
-        propagate = DerivativeLabelPropagation(
-            affinity="softmax",
-            normalize=None,
-            weights=weights,
-            backend=backend,
-        )
-        work = autograd if backend == "dense" else streamed
-        return Variant(step(propagate), "ours", in_pieces if in_tensor_cores(p, backend) else work)
-
-    return backends(p, ours) | {
-        "released formula": Variant(step(beside.released_affinity), work=autograd),
-        "released formula, compiled": Variant(step(compiled(beside.released_affinity)), work=autograd, compiles=True),
+def street(p: Problem) -> Variants:
+    """Eq. 4 on a whole street image: without and with normalisation, and with its backward."""
+    logits, feats, grad = p.logits(), p.features(), p.logits(4)
+    trained = tuple(x.detach().requires_grad_() for x in (logits, feats))
+    bare, normalized = DerivativeLabelPropagation(Linear(normalize=None)), DerivativeLabelPropagation()
+    L, V = logits.flatten(2)[0], feats.flatten(2)[0]
+    return {
+        OURS: step(lambda: bare(logits, feats), kind="ours"),
+        "dlprop, L1-normalised": step(lambda: normalized(logits, feats), kind="related"),
+        "dlprop, forward and backward": step(lambda: bare(*trained), *trained, grad=grad, kind="related"),
+        PLAIN: step(lambda: plain_propagation(logits, feats), kind="related", needs=3 * p.matrix_bytes),
+        PRODUCTS: step(lambda: (L @ V.T) @ V, kind="bound"),
     }
 
 
-def precision(p: Problem, *, eta: float = 0.5, scale: float | None = None) -> Variants:
-    """The loss against another view with products in another precision than that of the run."""
+def full_resolution(p: Problem) -> Variants:
+    """Eq. 4 at the resolution of the logits with features on a coarse grid."""
+    logits, feats, size = p.logits(), p.features(), (p.height, p.width)
+    full, coarse = (DerivativeLabelPropagation(resolution=name) for name in ("logits", "feats"))
+    bare = DerivativeLabelPropagation(Linear(normalize=None))
+
+    def upsampled() -> Tensor:
+        V = feats / feats.abs().sum(dim=1, keepdim=True)
+        return bare(logits, F.interpolate(V, size=size, mode="bilinear", align_corners=True))
+
+    return {
+        OURS: step(lambda: full(logits, feats), kind="ours"),
+        "features upsampled": step(upsampled),
+        "feature grid with two resizes": step(lambda: coarse(logits, feats), kind="related"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Closed forms.
+
+
+def closed_form(
+    p: Problem, *, ours: str, plain: Callable[[Tensor, Tensor], Tensor], is_trained: bool = False
+) -> Variants:
+    """Ridge or discriminant beside its formula, its products, and the one of Eq. 4 with its matrix."""
+    logits, feats = p.logits(), p.features().requires_grad_(is_trained)
+    trained, grad = ((feats,), p.logits(4)) if is_trained else ((), None)
+    L, V = logits.flatten(2), feats.detach().flatten(2)
+    found = affinity(p, ours, plain, needs=(5 if is_trained else 3) * V.nbytes, is_trained=is_trained)
+    matrix = step(
+        lambda: plain_propagation(logits, feats), *trained, grad=grad, kind="related", needs=3 * p.matrix_bytes
+    )
+    found[MATRIX] = matrix
+    if not is_trained:  # C x D by D x D in the middle is what is not counted
+        found[THREE_PRODUCTS] = step(lambda: ((L @ V.mT) @ (V @ V.mT)) @ V, kind="bound")
+    return found
+
+
+def class_statistics(p: Problem) -> Variants:
+    """Counts, sums and scatter of a street image, from the prediction."""
+    logits, feats = p.logits(), p.features()
+    V = feats.flatten(2)
+
+    def updated() -> tuple[Tensor, ...]:
+        found = ClassStatistics(p.C, p.D).to(p.device)
+        found.update(logits, feats)
+        return found.counts, found.sums, found.second
+
+    def plain() -> tuple[Tensor, ...]:
+        P, E = logits.flatten(2).softmax(dim=1), V - V.mean(dim=2, keepdim=True)
+        return P.sum(dim=(0, 2)), (P @ V.mT).sum(dim=0), (E @ E.mT).sum(dim=0)
+
+    return {
+        OURS: Variant(updated, "ours"),
+        PLAIN: Variant(plain, needs=2 * V.nbytes),
+        BARE_PRODUCT: step(lambda: V @ V.mT, kind="bound"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses, forward and backward.
+
+
+def loss_view(p: Problem) -> Variants:
+    """Eq. 8 against another view. By count ours multiplies 4 M^2 D an order."""
     feats, view = p.features().requires_grad_(), p.features(5)
-    loss = DerivativeLoss(eta=eta)
-    work = Work(8 * p.n * p.M**2 * p.D, p.element * p.n * p.M * p.D * 8, 4 * p.element * p.n * p.M * p.D)
-    step = forward_backward(lambda: loss(feats, view), feats, scale=scale)
+    depth = max(1, round(8 * p.n * p.pixels**2 * p.D / (2 * EDGE**2)))
+    a, b = (torch.rand(shape, device=p.device, dtype=p.dtype) for shape in ((EDGE, depth), (depth, EDGE)))
+    loss, plain = DerivativeLoss(eta=p.eta), partial(plain_loss, eta=p.eta)
+    bound = {SAME_OPERATIONS: step(lambda: a @ b, kind="bound")}
+    return compared(loss, plain, (feats, view), feats, needs=6 * p.matrix_bytes) | bound
 
-    def under(setting: str, run: Callable[[], tuple[Tensor, ...]] = step) -> Callable[[], tuple[Tensor, ...]]:
-        def with_setting() -> tuple[Tensor, ...]:
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision(setting)
-            try:
-                return run()
-            finally:
-                torch.set_float32_matmul_precision(before)
 
-        return with_setting
+def loss_labels(p: Problem) -> Variants:
+    """Eq. 8 against labels."""
+    feats, loss, plain = p.features().requires_grad_(), DerivativeLoss(eta=p.eta), partial(plain_loss, eta=p.eta)
+    return compared(loss, plain, (feats, p.labels()), feats, needs=6 * p.matrix_bytes)
 
-    def autocast() -> tuple[Tensor, ...]:
-        with torch.autocast(p.device, torch.bfloat16):
-            return step()
 
-    variants = {"dlprop": Variant(step, "ours", work), "autocast bfloat16": Variant(autocast, "related", work)}
-    if p.device == "cpu":
-        return variants | {"matmul precision medium": Variant(under("medium"), "related", work)}
-    fused = DerivativeLoss(eta=eta, backend="triton")
-    triton = forward_backward(lambda: fused(feats, view), feats, scale=scale)
-    # Two pieces a number: three products for each similarity, two for the gradient.
-    in_pieces = Work(4 * p.n * p.M**2 * p.D * (3 + 3 + 2), work.traffic, 2 * work.peak, in_half=True)
-    return variants | {
-        "matmul precision highest": Variant(under("highest"), "related", work),
-        "matmul precision highest, triton": Variant(under("highest", triton), "related", in_pieces),
+def loss_squared(p: Problem) -> Variants:
+    """The squared loss, beside one D x M by M x D product an order."""
+    feats, view = p.features().requires_grad_(), p.features(5)
+    loss, plain = DerivativeLoss(eta=p.eta, norm="frobenius"), partial(plain_loss, eta=p.eta, norm=torch.square)
+    V, W = feats.detach().flatten(2), view.flatten(2)
+    bound = {ONE_PRODUCT_PER_ORDER: step(lambda: torch.stack([V @ W.mT for _ in range(2)]), kind="bound")}
+    return compared(loss, plain, (feats, view), feats, needs=8 * p.matrix_bytes) | bound
+
+
+def loss_sampled(p: Problem) -> Variants:
+    """Eq. 8 with few target pixels a draw, beside all pairs."""
+    feats, view = p.features().requires_grad_(), p.features(5)
+    sampled, exact = DerivativeLoss(eta=p.eta, num_anchors=ANCHORS), DerivativeLoss(eta=p.eta)
+    return {
+        OURS: step(lambda: sampled(feats, view), feats, kind="ours"),
+        "dlprop, all pairs": step(lambda: exact(feats, view), feats, kind="related"),
     }
+
+
+def standard_error(p: Problem, draws: int = 12) -> float:
+    """Of the sampled loss, relative: root mean square of its distance from the exact one."""
+    feats, view = p.features(), p.features(5)
+    sampled = DerivativeLoss(eta=0.0, num_anchors=ANCHORS)
+    with torch.no_grad():
+        exact = DerivativeLoss(eta=0.0)(feats, view)
+        errors = torch.stack([sampled(feats, view) / exact - 1 for _ in range(draws)])
+    return float(errors.square().mean().sqrt())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rest.
 
 
 def averager(p: Problem) -> Variants:
     """One update of the momentum network of a ResNet-50."""
-    try:
-        from torchvision.models import resnet50
-    except ImportError as error:
-        raise UnavailableError("torchvision is not installed (pip install torchvision)") from error
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from torchvision.models import resnet50
 
     model = resnet50().to(p.device)
     ours = MomentumAverager(model, 0.996)
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.996), use_buffers=True)
-    parameters = sum(x.numel() for x in model.parameters())
 
-    def step(average: Any) -> Callable[[], tuple[Tensor, ...]]:
-        def update() -> tuple[Tensor, ...]:
+    def update(average: Any, kind: Kind) -> Variant:
+        def run() -> tuple[Tensor, ...]:
             average.update_parameters(model)
             return (next(average.module.parameters()).detach(),)
 
-        return update
+        return Variant(run, kind)
 
-    work = Work(2 * parameters, 12 * parameters)
-    return {
-        "dlprop": Variant(step(ours), "ours", work),
-        "AveragedModel": Variant(step(theirs), work=work),
-    }
+    return {OURS: update(ours, "ours"), "torch's AveragedModel": update(theirs, "equivalent")}
+
+
+def imports(_: Problem) -> Variants:
+    """Seconds that `import dlprop` takes after `import torch`, in a fresh process."""
+    code = "import time, torch; a = time.perf_counter(); import dlprop; print(time.perf_counter() - a)"
+
+    def seconds() -> float:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    return {OURS: Variant(kind="ours", sample=seconds)}

@@ -1,304 +1,266 @@
-"""The cases: one definition of each feeds speed, memory, accuracy and growth, and carries the targets it is held to."""
+"""The cases: one definition of each is timed, weighed, checked and drawn, and carries the targets it is held to."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
-
-from dlprop import DerivativeLoss
-
 from . import builders
-from .problem import Problem, Variants
+from .builders import (
+    BARE_PRODUCT,
+    COMPILED,
+    MATRIX,
+    ONE_PRODUCT_PER_ORDER,
+    OURS,
+    PLAIN,
+    PRODUCTS,
+    SAME_OPERATIONS,
+    THREE_PRODUCTS,
+    Problem,
+    Variants,
+)
 
-Device = Literal["cpu", "cuda"]
-# speedup: the other's time over ours; cost: ours over the other's; share: of the matrix rate; copy: times the copying
-# of its bytes; peak: MiB beyond inputs and results; seconds; slopes in log-log.
-Measure = Literal["speedup", "cost", "share", "copy", "peak", "seconds", "time slope", "memory slope"]
+# speedup: the other's time over ours, and share the same in per cent; cost: ours over the other's; peak: MiB beyond
+# inputs and results; slopes: the powers with which time and memory grow with the pixels.
+Measure = Literal["speedup", "share", "cost", "seconds", "peak", "time slope", "memory slope"]
 AT_LEAST = ("speedup", "share")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a case is held to: the bound on one measure of variant ``of``, against another variant if it is a ratio."""
+    """What a case is held to: the bound on one measure of variant ``of``, against another variant if it is a ratio.
+
+    The bounds are those of a CPU; elsewhere the figure is told without one.
+    """
 
     measure: Measure
     bound: float
     against: str | None = None
-    of: str = "dlprop"
-    device: Device = "cpu"
-    title: str | None = None  # where it is not that of the case
-    needs: str | None = None  # a fact of the machine without which the target does not apply
+    of: str = OURS
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, the variants that solve it, and the targets. A short run takes only the variants of the targets."""
+    """A problem, the variants that solve it, and the targets. A short run takes the variants of the targets only.
+
+    With ``edges`` the problem is solved on square images of all these sizes, by ours and at ``plain_edges`` by PLAIN.
+    """
 
     title: str
-    group: str
     build: Callable[[Problem], Variants]
     problem: Problem
     targets: tuple[Target, ...] = ()
-    devices: tuple[Device, ...] = ("cpu",)
-    is_quick: bool = True
-    without: tuple[str, ...] = ()  # variants that say nothing at this size
-    only: tuple[str, ...] = ()
-    quick_without: tuple[str, ...] = ()  # variants too slow for a short run
-    tolerance: tuple[float, float] = (1e-4, 1e-4)  # relative, between equivalent variants: values, gradients
+    readme: str | None = None  # the title in the README's table, for at most six; its figure is the first target's
+    is_quick: bool = True  # whether a short run has the case
+    slow: tuple[str, ...] = ()  # variants too slow for a short run
+    without: tuple[str, ...] = ()  # variants that say nothing here
+    tolerance: tuple[float, float] = (1e-4, 1e-4)  # relative, between equivalent variants: of values, of gradients
     with_memory: bool = True
-    extra: Callable[[Problem], dict[str, float]] | None = None
-    sample: Callable[[int], dict[str, list[float]]] | None = None  # instead of `build`: seconds by variant
-
-
-def square(edge: int, n: int = 1, **sizes: int) -> Problem:
-    return Problem(edge, edge, n, **sizes)
-
-
-def standard_error(p: Problem, draws: int = 12) -> dict[str, float]:
-    """Relative standard error of the sampled loss: root mean square of its distance from the exact one."""
-    feats, view = p.features(), p.features(5)
-    with torch.no_grad():
-        exact = DerivativeLoss(eta=0.0)(feats, view)
-        sampled = DerivativeLoss(eta=0.0, num_anchors=1024)
-        errors = torch.stack([sampled(feats, view) / exact - 1 for _ in range(draws)])
-    return {"relative_standard_error": float(errors.square().mean().sqrt()), "draws": draws}
-
-
-def import_seconds(rounds: int) -> dict[str, list[float]]:
-    """Seconds that `import torch` takes in a fresh process, and `import dlprop` after it in the same one."""
-    code = (
-        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import dlprop; "
-        "print(time.perf_counter() - b, b - a)"
-    )
-    samples: dict[str, list[float]] = {"dlprop": [], "torch": []}
-    for _ in range(rounds):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        for name, seconds in zip(samples, done.stdout.split(), strict=True):
-            samples[name].append(float(seconds))
-    return samples
+    error: Callable[[Problem], float] | None = None  # the relative standard error of a sampled result
+    edges: tuple[int, ...] = ()
+    plain_edges: tuple[int, ...] = ()
 
 
 # A residual near 0 may round to either side, and its whole sign goes into the gradient of an L1 loss.
 KINKS = (1e-4, 2e-2)
-DENSE, AUTOGRAD = "dense PyTorch", "dense autograd"
-SLOW = ("KeOps",)
-CITY = "Eq. 4, 1024 x 2048, `normalize=None`"
+# The plain formula adds up two million numbers in float32.
+LONG_SUMS = (1e-3, 1e-3)
+EDGES = (33, 57, 81, 129)
+DISCRIMINANT = partial(builders.closed_form, ours="discriminant", plain=builders.plain_discriminant)
+RIDGE = partial(builders.closed_form, ours="ridge", plain=builders.plain_ridge)
+
+
+def square(edge: int, n: int = 1) -> Problem:
+    return Problem(edge, edge, n)
+
+
+def growth(title: str, build: Callable[[Problem], Variants], *targets: Target, **sizes: tuple[int, ...]) -> Case:
+    """A case at several sizes, for the power with which its time and memory grow with the pixels."""
+    targets = (*targets, Target("memory slope", 1.05))
+    return Case(title, build, square(1), targets, is_quick=False, tolerance=KINKS, **sizes)
+
 
 CASES: dict[str, Case] = {
-    "propagation_41": Case(
-        "Eq. 4, 41 x 41", "propagation", builders.propagation, square(41), is_quick=False, devices=("cpu", "cuda")
-    ),
+    # Propagation. A further affinity is a plain formula in `builders`, and a case of it with `builders.affinity`.
+    "propagation_41": Case("Eq. 4, 41 x 41", builders.propagation, square(41), is_quick=False),
     "propagation_129": Case(
         "Eq. 4, 129 x 129",
-        "propagation",
         builders.propagation,
         square(129),
-        (Target("speedup", 500, DENSE),),
-        ("cpu", "cuda"),
-        without=SLOW,
+        (Target("speedup", 500, PLAIN),),
+        "propagation, 129 x 129",
+    ),
+    "propagation_129_masked": Case(
+        "Eq. 4 with a mask, 129 x 129, training",
+        builders.masked,
+        square(129),
+        (Target("cost", 1.15, "dlprop without a mask"),),
     ),
     "propagation_1024": Case(
-        CITY,
-        "propagation",
-        builders.propagation_large,
+        "Eq. 4, 1024 x 2048, `normalize=None`",
+        builders.street,
         Problem(1024, 2048),
         (
-            Target("cost", 1.2, "its two matrix products"),
-            Target("cost", 3.5, "dlprop", of="dlprop, forward and backward", title=f"{CITY}, forward and backward"),
-            Target(
-                "cost",
-                2.2,
-                "its two matrix products",
-                of="dlprop, L1-normalised",
-                title="Eq. 4, 1024 x 2048, L1-normalised",
-            ),
-            Target("copy", 1.3, device="cuda"),
+            Target("cost", 1.2, PRODUCTS),
+            Target("cost", 3.5, OURS, of="dlprop, forward and backward"),
+            Target("cost", 2.2, PRODUCTS, of="dlprop, L1-normalised"),
         ),
-        ("cpu", "cuda"),
+        "propagation, 1024 x 2048",
     ),
     "propagation_full": Case(
         "Eq. 4 at 321 x 321 on 41 x 41 features",
-        "propagation",
         builders.full_resolution,
         Problem(321, 321, grid=(41, 41)),
         (Target("cost", 1.5, "feature grid with two resizes"),),
-        ("cpu", "cuda"),
-    ),
-    "loss_21": Case(
-        "loss against a view, 21 x 21, forward and backward",
-        "loss",
-        builders.loss_consistency,
-        square(21),
-        is_quick=False,
-        devices=("cpu", "cuda"),
-        tolerance=KINKS,
-    ),
-    "loss_81": Case(
-        "loss against a view, 81 x 81, forward and backward",
-        "loss",
-        builders.loss_consistency,
-        square(81),
-        (Target("speedup", 3.3, AUTOGRAD), Target("share", 0.75)),
-        ("cpu", "cuda"),
-        without=SLOW,
-        tolerance=KINKS,
-    ),
-    "loss_41": Case(
-        "loss against a view, N=4, 41 x 41, forward and backward",
-        "loss",
-        builders.loss_consistency,
-        square(41, 4),
-        (Target("speedup", 3, AUTOGRAD),),
-        ("cpu", "cuda"),
-        without=SLOW,
-        tolerance=KINKS,
-    ),
-    "loss_129": Case(
-        "loss against a view, 129 x 129, forward and backward",
-        "loss",
-        builders.loss_consistency,
-        square(129),
-        (
-            Target("speedup", 8, AUTOGRAD),
-            Target("peak", 64),
-            Target("speedup", 4, AUTOGRAD, device="cuda"),
-            Target("speedup", 2, "dlprop tiled", device="cuda"),
-            Target("share", 0.5, device="cuda"),
-        ),
-        ("cpu", "cuda"),
-        without=(*SLOW, "dlprop dense"),
-        quick_without=(AUTOGRAD,),
-        tolerance=KINKS,
-    ),
-    "loss_321": Case(
-        "loss against a view, 321 x 321, forward and backward",
-        "loss",
-        builders.loss_consistency,
-        square(321),
-        (Target("seconds", 0.5, device="cuda"), Target("peak", 2000, device="cuda")),
-        ("cuda",),
-        tolerance=KINKS,
-    ),
-    "loss_81_labels": Case(
-        "loss against labels, 81 x 81, forward and backward",
-        "loss",
-        builders.loss_labelled,
-        square(81),
-        (Target("speedup", 5, AUTOGRAD),),
-        ("cpu", "cuda"),
-        tolerance=KINKS,
-    ),
-    "loss_81_labels_signed": Case(
-        "loss against labels, 81 x 81, signed features, forward and backward",
-        "loss",
-        partial(builders.loss_labelled, signed=True),
-        square(81),
-        is_quick=False,
-        only=("dlprop", AUTOGRAD),
-        tolerance=KINKS,
-    ),
-    "softmax_21": Case(
-        "softmax affinity, 21 x 21, forward and backward",
-        "softmax",
-        builders.softmax,
-        square(21),
-        is_quick=False,
-    ),
-    "softmax_41": Case(
-        "softmax affinity, 41 x 41, forward and backward",
-        "softmax",
-        builders.softmax,
-        square(41),
-        devices=("cpu", "cuda"),
-        is_quick=False,
-        without=SLOW,
     ),
     "softmax_81": Case(
-        "softmax affinity, 81 x 81, forward and backward",
-        "softmax",
+        "softmax affinity, 81 x 81, training",
         builders.softmax,
         square(81),
-        (Target("speedup", 1.5, AUTOGRAD),),
-        ("cpu", "cuda"),
-        without=SLOW,
+        (Target("speedup", 1.5, PLAIN),),
+        "softmax propagation and its gradient, 81 x 81",
     ),
-    "released_81": Case(
-        "released affinity, 21 + 21 channels, 81 x 81, forward and backward",
-        "softmax",
-        builders.released,
-        square(81),
-        devices=("cpu", "cuda"),
+    # Closed forms, which cost one product `V V^T` and two with C rows.
+    "discriminant_41": Case(
+        "discriminant, 41 x 41", DISCRIMINANT, square(41), (Target("cost", 1.3, THREE_PRODUCTS),), is_quick=False
+    ),
+    "discriminant_129": Case(
+        "discriminant, 129 x 129",
+        DISCRIMINANT,
+        square(129),
+        (Target("speedup", 100, MATRIX), Target("cost", 1.3, THREE_PRODUCTS)),
+        "discriminant propagation, 129 x 129",
+    ),
+    "discriminant_training": Case(
+        "discriminant, 129 x 129, training", partial(DISCRIMINANT, is_trained=True), square(129), is_quick=False
+    ),
+    "discriminant_1024": Case(
+        "discriminant, 1024 x 2048",
+        DISCRIMINANT,
+        Problem(1024, 2048),
+        (Target("cost", 1.3, THREE_PRODUCTS),),
+        "discriminant propagation, 1024 x 2048",
+        without=(COMPILED,),
+        tolerance=LONG_SUMS,
+    ),
+    "ridge_41": Case("ridge, 41 x 41", RIDGE, square(41), (Target("cost", 1.3, THREE_PRODUCTS),), is_quick=False),
+    "ridge_129": Case(
+        "ridge, 129 x 129",
+        RIDGE,
+        square(129),
+        (Target("speedup", 100, MATRIX), Target("cost", 1.3, THREE_PRODUCTS)),
+        slow=(MATRIX,),
+    ),
+    "ridge_training": Case(
+        "ridge, 129 x 129, training", partial(RIDGE, is_trained=True), square(129), is_quick=False
+    ),
+    "ridge_1024": Case(
+        "ridge, 1024 x 2048",
+        RIDGE,
+        Problem(1024, 2048),
+        (Target("cost", 1.3, THREE_PRODUCTS),),
         is_quick=False,
+        without=(COMPILED,),
+        tolerance=LONG_SUMS,
     ),
-    "loss_321_frobenius": Case(
-        "squared loss, 321 x 321, forward and backward",
-        "loss",
-        builders.loss_frobenius,
-        square(321),
-        (Target("cost", 6, "one product per order"),),
-        ("cpu", "cuda"),
-        quick_without=(AUTOGRAD,),
+    "statistics_1024": Case(
+        "class statistics, 1024 x 2048",
+        builders.class_statistics,
+        Problem(1024, 2048),
+        (Target("share", 0.75, BARE_PRODUCT), Target("peak", 32)),
+        tolerance=LONG_SUMS,
     ),
-    "loss_129_sampled": Case(
-        "loss with 1024 anchors, 129 x 129, forward and backward",
-        "loss",
+    # Losses, with their gradient.
+    "loss_view_41": Case(
+        "loss against a view, N = 4, 41 x 41",
+        builders.loss_view,
+        square(41, 4),
+        (Target("speedup", 3, PLAIN),),
+        without=(SAME_OPERATIONS,),
+        tolerance=KINKS,
+    ),
+    "loss_view_81": Case(
+        "loss against a view, 81 x 81",
+        builders.loss_view,
+        square(81),
+        (Target("speedup", 3.3, PLAIN), Target("share", 0.75, SAME_OPERATIONS)),
+        "loss against another view and its gradient, 81 x 81",
+        tolerance=KINKS,
+    ),
+    "loss_view_129": Case(
+        "loss against a view, 129 x 129",
+        builders.loss_view,
+        square(129),
+        (Target("speedup", 8, PLAIN), Target("peak", 128)),
+        slow=(PLAIN,),
+        without=(SAME_OPERATIONS,),
+        tolerance=KINKS,
+    ),
+    "loss_labels_81": Case(
+        "loss against labels, 81 x 81",
+        builders.loss_labels,
+        square(81),
+        (Target("speedup", 5, PLAIN),),
+        tolerance=KINKS,
+    ),
+    "squared_321": Case(
+        "squared loss, 321 x 321", builders.loss_squared, square(321), (Target("cost", 6, ONE_PRODUCT_PER_ORDER),)
+    ),
+    "sampled_129": Case(
+        "loss with 1024 anchors, 129 x 129",
         builders.loss_sampled,
         square(129),
-        (Target("speedup", 10, "dlprop, exact"),),
-        ("cpu", "cuda"),
-        extra=standard_error,
+        (Target("speedup", 10, "dlprop, all pairs"),),
+        error=builders.standard_error,
     ),
-    "precision_81": Case(
-        "loss against a view, 81 x 81, reduced precision",
-        "other",
-        builders.precision,
-        square(81),
-        (
-            Target(
-                "cost",
-                1 / 2.5,
-                "dlprop",
-                of="matmul precision medium",
-                title="loss against a view, 81 x 81, matmul precision medium",
-                needs="bfloat16_matrix_units",
-            ),
-            Target(
-                "cost",
-                1 / 2.5,
-                "dlprop",
-                of="autocast bfloat16",
-                title="loss against a view, 81 x 81, autocast bfloat16",
-                needs="bfloat16_matrix_units",
-            ),
-        ),
-    ),
-    "precision_129": Case(
-        "loss against a view, 129 x 129, other precisions",
-        "other",
-        builders.precision,
-        square(129),
-        devices=("cuda",),
-    ),
+    # The rest.
     "averager": Case(
         "update of the momentum network, ResNet-50",
-        "other",
         builders.averager,
         square(1),
-        (Target("cost", 1.5, "AveragedModel"),),
+        (Target("cost", 1.5, "torch's AveragedModel"),),
         with_memory=False,
     ),
     "import": Case(
         "`import dlprop` after `import torch`",
-        "other",
-        builders.averager,
+        builders.imports,
         square(1),
         (Target("seconds", 0.1),),
-        sample=import_seconds,
+        with_memory=False,
+    ),
+    # Growth with the pixels.
+    "growth_propagation": growth(
+        "propagation",
+        builders.propagation,
+        Target("time slope", 1.05),
+        edges=(64, 128, 256, 512, 1024),
+        plain_edges=(64, 91, 128, 256),
+    ),
+    "growth_discriminant": growth(
+        "discriminant",
+        DISCRIMINANT,
+        Target("time slope", 1.05),
+        edges=(41, 65, 91, 129, 257),
+        plain_edges=(41, 65, 91, 129, 257),
+    ),
+    "growth_loss": growth("loss against a view", builders.loss_view, edges=EDGES, plain_edges=(*EDGES, 181)),
+    "growth_softmax": growth("softmax", builders.softmax, edges=EDGES, plain_edges=(*EDGES, 181)),
+    "growth_sampled": growth("loss with 1024 anchors", builders.loss_sampled, edges=(65, 91, 129, 181)),
+    "growth_squared": growth(
+        "squared loss", builders.loss_squared, edges=(41, 65, 91, 129, 257), plain_edges=(41, 65, 91, 129)
     ),
 }
+
+# Results at 41 x 41 are compared with those in float64.
+ACCURACY = (
+    "propagation_129",
+    "softmax_81",
+    "discriminant_129",
+    "ridge_129",
+    "loss_view_81",
+    "loss_labels_81",
+    "squared_321",
+)
+ACCURACY_EDGE = 41

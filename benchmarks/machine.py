@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,88 +17,53 @@ import torch
 import dlprop
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "numpy", "triton", "pykeops", "torchvision")
 MATRIX = {"cpu": 2048, "cuda": 8192}  # edge of the square matrices whose product gives the matrix rate
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
 
 def facts(device: str) -> dict[str, Any]:
     """What a figure depends on besides the code."""
-    flags = _cpuinfo("flags").split()
-    machine: dict[str, Any] = {
-        "dlprop": dlprop.__version__,
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "system": platform.system(),
-        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
+    processor = _proc("cpuinfo", "model name") or platform.processor() or platform.machine()
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "bfloat16_vectors": "avx512_bf16" in flags,
-        "bfloat16_matrix_units": "amx_bf16" in flags,
-        "gpu": None,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "dlprop": dlprop.__version__,
     }
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        capability = f"{properties.major}.{properties.minor}"
-        machine["gpu"] = {
-            "name": properties.name,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "compute_capability": capability,
-            "cuda": torch.version.cuda,
-        }
-        machine["bfloat16_matrix_units"] = properties.major >= 8
-    return machine
 
 
-def provenance(mode: str) -> dict[str, Any]:
-    """When a result was measured, and of which code."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "dirty": _git("status", "--porcelain", "--", "src", "benchmarks/*.py") not in ("", None),
-        "mode": mode,
-    }
+def provenance() -> dict[str, Any]:
+    """When a run began, and of which code; a commit ends in "+" where the code had changed since."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    if commit and _git("status", "--porcelain", "--", "src", "benchmarks/*.py"):
+        commit += "+"
+    return {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), "commit": commit or "unknown"}
 
 
 def rates(device: str) -> dict[str, float]:
-    """Operations per second of a square matrix product, and bytes per second of a copy (read plus written)."""
+    """Operations a second of a square matrix product, and bytes a second of a copy, read plus written."""
     size = MATRIX[device]
     a, b = (torch.rand(size, size, device=device) for _ in range(2))
-    operations = 2 * size**3
-    found = {}
-    before = torch.get_float32_matmul_precision()
-    for name, setting in {"float32": "highest", "tf32": "high"}.items():
-        if name == "tf32" and device != "cuda":
-            continue
-        torch.set_float32_matmul_precision(setting)
-        found[name] = operations / _best_seconds(lambda: a @ b, device)
-    torch.set_float32_matmul_precision(before)
-    a16, b16 = a.bfloat16(), b.bfloat16()
-    found["bfloat16"] = operations / _best_seconds(lambda: a16 @ b16, device)
     source = torch.ones(COPY_BYTES[device] // 4, device=device)
     target = torch.empty_like(source)
-    found["copy"] = 2 * COPY_BYTES[device] / _best_seconds(lambda: target.copy_(source), device)
-    return found
-
-
-def float32_rate(found: dict[str, float]) -> float:
-    """The rate that float32 products reach under the setting of the run (TF32 on GPUs)."""
-    return (
-        found["float32"] if torch.get_float32_matmul_precision() == "highest" else found.get("tf32", found["float32"])
-    )
+    return {
+        "matrix": 2 * size**3 / _best_seconds(lambda: a @ b, device),
+        "copy": 2 * COPY_BYTES[device] / _best_seconds(lambda: target.copy_(source), device),
+    }
 
 
 def available_bytes(device: str) -> float:
     """Memory that a variant may take."""
     if device == "cuda":
         return float(torch.cuda.mem_get_info()[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(float(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2
+    free = _proc("meminfo", "MemAvailable")
+    return 1024 * float(free.split()[0]) if free else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
 def synchronize(device: str) -> None:
@@ -117,24 +82,17 @@ def _best_seconds(run: Callable[[], Any], device: str, repeats: int = 6) -> floa
     return best
 
 
-def _cpuinfo(field: str) -> str:
+def _proc(file: str, field: str) -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc", file).read_text().splitlines()
     except OSError:
         return ""
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
+def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,4 +1,4 @@
-"""The JSON of a version and device: strict, checked against the schema, written whole or not at all."""
+"""The JSON of a version and device: one whole run, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,34 +10,40 @@ from typing import Any
 
 import dlprop
 
-from .machine import ROOT
+from .cases import CASES
 
+FORMAT = 3  # of the layout below; files of another one are no results
 FOLDER = Path(__file__).parent / "results" / dlprop.__version__
-PARTIAL = ROOT / "runs" / "benchmarks"  # every run leaves its results here as it goes, finished or not
-SCHEMA = json.loads((Path(__file__).parent / "schema.json").read_text())
+Results = dict[str, Any]
 
 
-def load(device: str, folder: Path | None = None) -> dict[str, Any] | None:
-    """The committed results of ``device``, or None where there are none."""
+def load(device: str, folder: Path | None = None) -> Results | None:
+    """The results of this version on ``device``, or None where there are none."""
     path = (folder or FOLDER) / f"{device}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("format") == FORMAT else None
 
 
-def check(results: dict[str, Any]) -> None:
-    """Raise `jsonschema.ValidationError` unless ``results`` follow the schema."""
-    import jsonschema  # not needed to read results, which the documentation does
+def check(results: Results) -> None:
+    """Raise ValueError unless ``results`` are those of a whole run: every case, and the errors against float64."""
+    if list(results["cases"]) != list(CASES):
+        raise ValueError(f"cases must be {', '.join(CASES)}, got {', '.join(results['cases'])}")
+    for name, entry in results["cases"].items():
+        missing = {"title", "rounds", "spread", "is_noisy", "targets", "points"} - entry.keys()
+        if missing:
+            raise ValueError(f"case {name} must have {', '.join(sorted(missing))}")
+    if results["mode"] != "full" or not results["accuracy"]:
+        raise ValueError("results must be those of a full run with its errors against float64")
 
-    jsonschema.Draft202012Validator(SCHEMA).validate(results)
 
-
-def write(results: dict[str, Any], folder: Path) -> Path:
-    """Write the results of a device into ``folder`` through a temporary file, so that no half of them ever stands."""
+def write(results: Results, folder: Path) -> Path:
+    """Write through a temporary file, so that no half of a run ever stands."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{results['device']}.json"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)  # noqa: PTH105 - says what it is
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -52,18 +58,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
-
-
-def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """``new`` with the entries of ``old`` that it did not measure; ValueError if they come from another machine."""
-    if old is None:
-        return new
-    for fact in ("processor", "threads", "gpu", "versions"):
-        if old["machine"][fact] != new["machine"][fact]:
-            raise ValueError(
-                f"the saved results have {fact} {old['machine'][fact]!r}, this run {new['machine'][fact]!r}: "
-                "measure all cases again (--full --save)"
-            )
-    # The best of both, which is nearer to what the machine can do, whatever kept it busy.
-    rates = {name: max(rate, new["rates"][name]) for name, rate in old["rates"].items()}
-    return {**new, "rates": rates, "entries": {**old["entries"], **new["entries"]}}

@@ -1,253 +1,210 @@
-"""The Markdown tables of the README and the docs, made from the JSON of a run and nothing else."""
+"""The Markdown tables of the README and the docs, made from the JSON of one run and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from . import rounding
-from .cases import CASES
+from .builders import OURS, PLAIN
+from .cases import ACCURACY_EDGE, CASES
+from .machine import ROOT
 
 Results = dict[str, Any]
 
 NBSP = "\u00a0"  # a figure and its unit stay on one line
-ROOT = Path(__file__).parents[1]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- {}: begin (python -m benchmarks --table) -->", "<!-- {}: end -->"
 
 BOUNDS = {
-    "speedup": "at least {:.3g} times faster",
-    "cost": "at most {:.3g} times",
-    "share": "at least {:.0%} of the matrix rate",
-    "copy": "at most {:.3g} times copying its bytes",
-    "peak": "at most {:.4g} MiB added",
+    "speedup": "at least {:.3g} times faster than {}",
+    "share": "at least {:.0%} of the speed of {}",
+    "cost": "at most {:.3g} times the time of {}",
     "seconds": "at most {:.3g} s",
+    "peak": "at most {:.4g} MiB",
     "time slope": "time grows with power at most {:.3g}",
     "memory slope": "memory grows with power at most {:.3g}",
 }
-VALUES = {
-    "share": "{:.0%}",
-    "peak": "{:.0f} MiB",
-    "seconds": "{:.3g} s",
-    "time slope": "{:.2f}",
-    "memory slope": "{:.2f}",
-}
-MISSING = {"bfloat16_matrix_units": "this processor has no bfloat16 matrix units"}
+WRITTEN = {"peak": "{:.0f} MiB", "seconds": "{:.3g} s", "share": "{:.0%}"}
+NOTES = {"bound": " (a bound)", "related": " (another result)"}
 
 
-def sections(results: Results, gpu: Results | None) -> dict[Path, dict[str, str]]:
-    """What stands between the marks of each page, by the name of the marks."""
-    measured = f"{targets(results)}\n\n{machine(results)}"
-    return {
-        README: {"benchmarks": f"{measured}\n\nOn a GPU:\n\n{cuda(gpu)}"},
-        PAGE: {
-            "targets": measured,
-            "growth": growth(results),
-            "ragged": ragged(results),
-            "competitors": competitors(results),
-            "accuracy": accuracy(results),
-            "rounding": rounding.table(),
-            "gpu": cuda(gpu),
-        },
-    }
+def check_marks() -> None:
+    """Raise ValueError unless both pages have the marks of their tables, before a run takes its time."""
+    for page, names in MARKS.items():
+        for mark in (form.format(name) for name in names for form in (BEGIN, END)):
+            if page.read_text(encoding="utf-8").count(mark) != 1:
+                raise ValueError(f"{page.name} must have the mark {mark!r} once")
+
+
+def pages(results: Results) -> dict[Path, str]:
+    """The README and the page on benchmarks with the tables between their marks."""
+    check_marks()
+    found = {page: page.read_text(encoding="utf-8") for page in MARKS}
+    for page, names in MARKS.items():
+        for name, make in names.items():
+            before, rest = found[page].split(BEGIN.format(name))
+            after = rest.split(END.format(name))[1]
+            found[page] = f"{before}{BEGIN.format(name)}\n\n{make(results)}\n\n{END.format(name)}{after}"
+    return found
+
+
+def short(results: Results) -> str:
+    """At most six rows for someone who has read nothing else."""
+    rows = []
+    for name, case in CASES.items():
+        entry = results["cases"].get(name)
+        if case.readme is None or entry is None or not entry["targets"]:
+            continue
+        found, at = entry["targets"][0], entry["points"][0]["variants"]
+        ours, plain = at.get(OURS), at.get(other(found, at))
+        times = beside(time(ours), time(plain) if plain and "seconds" in plain else "")
+        rows.append((case.readme, in_words(found), times, beside(mib(ours), mib(plain))))
+    return table(("task", "speed", "time", "memory added"), rows)
+
+
+def other(found: Results, variants: Results) -> str:
+    """What ours stands beside: what its target is held against, or the plain formula if that is but a bound."""
+    against = found["against"]
+    return PLAIN if against is None or variants[against]["kind"] == "bound" else against
+
+
+def in_words(found: Results) -> str:
+    """A ratio as one says it."""
+    against, value = found["against"], found["median"]
+    if 0.95 <= value <= 1.05:
+        return f"as fast as {against}"
+    if found["measure"] == "cost" or value < 1:
+        return f"{ratio(value if found['measure'] == 'cost' else 1 / value)} times the time of {against}"
+    return f"{ratio(value)} times faster than {against}"
+
+
+def beside(ours: str, plain: str) -> str:
+    return f"{ours} instead of {plain}" if ours and plain else ours
 
 
 def targets(results: Results) -> str:
-    """One row a target: the bound, the measured figure, ours and what stands beside it."""
+    """One row a target: what was asked, what was measured and whether it is met."""
     rows = []
-    for entry in results["entries"].values():
-        for target in entry.get("targets", ()):
-            if entry["group"] == "growth":
-                ours, beside = "", ""
-            else:
-                ours = _time(entry["variants"].get(target["of"]))
-                other = target["against"]
-                beside = "" if other is None else f"{other}: {_time(entry['variants'].get(other))}"
-            rows.append((target["title"], bound(target), figure(target, entry) + _error(target, results), ours, beside))
-    return _table(("case", "target", "measured", "time", "beside"), rows)
+    for entry in results["cases"].values():
+        for found in entry["targets"]:
+            title = entry["title"] + ("" if found["of"] == OURS else f": {found['of'].removeprefix(f'{OURS}, ')}")
+            asked = "" if found["bound"] is None else BOUNDS[found["measure"]].format(found["bound"], found["against"])
+            times = rounds(entry) if found["low"] != found["high"] else ""
+            rows.append((title, asked, figure(found, entry), verdict(found), times))
+    return table(("case", "target", "measured", "", "rounds"), rows)
 
 
-def bound(target: Results) -> str:
-    """The target in words."""
-    if target["measure"] == "cost" and target["bound"] < 1:
-        return f"at least {1 / target['bound']:.3g} times faster"
-    return BOUNDS[target["measure"]].format(target["bound"])
+def figure(found: Results, entry: Results) -> str:
+    """The median and, where it was measured more than once, its interval."""
+    write = WRITTEN.get(found["measure"], "{:.3f}").format
+    write = ratio if found["measure"] in ("speedup", "cost") else write
+    text = write(found["median"])
+    if found["low"] != found["high"]:
+        text += f" ({write(found['low'])} to {write(found['high'])})"
+    error = entry.get("relative_standard_error")
+    return text if error is None else f"{text}, standard error {error:.2%}"
 
 
-def figure(target: Results, entry: Results) -> str:
-    """The measured figure, and whether the target is met."""
-    value = target["value"]
-    if value is None:
-        return "not measured"
-    is_inverse = target["measure"] == "cost" and target["bound"] < 1
-    value = 1 / value if is_inverse else value
-    is_ratio = target["measure"] in ("speedup", "cost", "copy")
-    text = _ratio(value) if is_ratio else VALUES[target["measure"]].format(value)
-    error = entry.get("extra", {}).get("relative_standard_error")
-    if error is not None:
-        text += f" (relative standard error {error:.2%})"
-    if not target["applies"]:
-        return f"{text}, does not apply: {MISSING[target['needs']]}"
-    return f"{text}, {'met' if target['met'] else '**missed**'}"
+def verdict(found: Results) -> str:
+    says = found["verdict"]
+    return "" if says is None else says if says == "met" else f"**{says}**"
 
 
-def _error(target: Results, results: Results) -> str:
-    """For a variant that trades accuracy for time: its gradient's error against float64 at the largest size."""
-    rows = results["entries"].get("accuracy", {}).get("rows", ())
-    errors = {r["pixels"]: r["relative_error"] for r in rows if r["variant"] == target["of"] and _is_reduced(r)}
-    return f" (gradient off by {errors[max(errors)]:.1e})" if errors and target["needs"] else ""
+def rounds(entry: Results) -> str:
+    """How many, and whether the figures stood still in the end."""
+    if not entry["is_noisy"]:
+        return str(entry["rounds"])
+    return f"{entry['rounds']}, machine too noisy: spread {entry['spread'] or math.inf:.0%}"
 
 
-def _is_reduced(row: Results) -> bool:
-    return not row["variant"].startswith("dlprop") and row["result"] == "gradient" and row["status"] == "ok"
-
-
-def cuda(results: Results | None) -> str:
-    """The targets on a GPU; their rows without figures where none has been measured."""
-    if results is not None:
-        return f"{targets(results)}\n\n{machine(results)}"
-    blank = "not measured"
-    rows = [
-        (
-            target.title or case.title,
-            bound(asdict(target)),
-            blank,
-            blank,
-            f"{target.against}: {blank}" if target.against else "",
-        )
-        for case in CASES.values()
-        for target in case.targets
-        if target.device == "cuda"
-    ]
-    return _table(("case", "target", "measured", "time", "beside"), rows)
-
-
-def machine(results: Results) -> str:
-    """The line below a table: what the figures belong to."""
-    facts, rates = results["machine"], results["rates"]
-    where = facts["gpu"]["name"] if facts["gpu"] else f"{facts['processor']}, {facts['threads']} threads"
-    matrix = rates.get("tf32", rates["float32"])
-    commits = sorted(
-        {str(e["run"]["commit"]) + ("+" if e["run"]["dirty"] else "") for e in results["entries"].values()}
-    )
-    return (
-        f"float32{' (TF32 products)' if 'tf32' in rates else ''}, D = 256, C = 21, {where}, "
-        f"torch {facts['versions']['torch']}, commit {', '.join(commits)}. Medians of interleaved runs; ratios are "
-        f"medians over rounds of the ratio within a round. In the same run square matrix products reach "
-        f"{matrix / 1e9:.0f} GFLOP/s ({rates['bfloat16'] / 1e9:.0f} in bfloat16, {_units(facts)}) and a copy "
-        f"{rates['copy'] / 1e9:.0f} GB/s."
-    )
-
-
-def _units(facts: Results) -> str:
-    if facts["bfloat16_matrix_units"]:
-        return "with matrix units"
-    return f"without matrix units, {'with' if facts['bfloat16_vectors'] else 'without'} vector instructions"
-
-
-def competitors(results: Results) -> str:
+def variants(results: Results) -> str:
     """Every variant of every case: its time, how often ours goes into it, and the memory it adds."""
     rows = []
-    for entry in results["entries"].values():
-        if entry["group"] in ("growth", "ragged", "accuracy", "failed"):
-            continue
+    for entry in results["cases"].values():
         title = entry["title"]
-        for name, variant in entry["variants"].items():
-            times = "" if "ratio" not in variant else _ratio(variant["ratio"]["median"])
-            rows.append((title, _kind(name, variant), _time(variant), times, _mib(variant)))
+        for name, found in entry["points"][0]["variants"].items() if len(entry["points"]) == 1 else ():
+            times = found.get("ratio")
+            times = f"{ratio(times['median'])} ({ratio(times['low'])} to {ratio(times['high'])})" if times else ""
+            rows.append((title, name + NOTES.get(found["kind"], ""), time(found), times, mib(found)))
             title = ""
-    return _table(("case", "variant", "time", "times ours", "memory added"), rows)
+    return table(("case", "variant", "time", "times ours", "memory added"), rows)
 
 
 def growth(results: Results) -> str:
-    """The slopes of every variant, over the sizes at which it ran."""
+    """The power of every variant's time and memory, over the sizes at which it ran."""
     rows = []
-    for entry in results["entries"].values():
-        if entry["group"] != "growth":
-            continue
+    for entry in results["cases"].values():
         title = entry["title"]
-        for name, slopes in entry["slopes"].items():
-            ran = [
-                point["pixels"] for point in entry["points"] if point["variants"].get(name, {}).get("status") == "ok"
-            ]
-            if not ran:
-                continue
-            span = f"{min(ran):,} to {max(ran):,}"
-            stopped = next(
-                (f"{p['pixels']:,}: {p['variants'][name]['status']}" for p in entry["points"]
-                 if p["variants"].get(name, {}).get("status", "ok") != "ok"), "",
-            )  # fmt: skip
-            rows.append((title, name, span, *(_number(slopes[kind], ".2f") for kind in ("time", "memory")), stopped))
+        for name, slopes in entry.get("slopes", {}).items():
+            at = {p["pixels"]: p["variants"][name] for p in entry["points"] if name in p["variants"]}
+            ran = [pixels for pixels, found in at.items() if "seconds" in found]
+            stop = next((f"{m:,}: needs {gib(x['needs_gib'])}" for m, x in at.items() if "needs_gib" in x), "")
+            cells = (
+                f"{slopes[kind]['median']:.2f}" if kind in slopes else "" for kind in ("time slope", "memory slope")
+            )
+            rows.append((title, name, f"{min(ran):,} to {max(ran):,}", *cells, stop))
             title = ""
-    return _table(("case", "variant", "pixels", "power of time", "power of memory", "stops at"), rows)
-
-
-def ragged(results: Results) -> str:
-    """The worst neighbour of each series of ragged sizes."""
-    entry = results["entries"].get("ragged")
-    if entry is None or entry["group"] != "ragged":
-        return "Not measured."
-    rows = [(s["title"], str(len(s["points"])), f"{s['cliff']:.3g}", f"{s['cliff_pixels']:,}") for s in entry["series"]]
-    return _table(("pixels around", "sizes", "worst time a pair, over the others' median", "at pixels"), rows)
+    return table(("case", "variant", "pixels", "power of time", "power of memory", "stops at"), rows)
 
 
 def accuracy(results: Results) -> str:
-    """Relative errors at the largest size, a row for each subject and variant, a column for each dtype."""
-    entry = results["entries"].get("accuracy")
-    if entry is None or not entry.get("rows"):
-        return "Not measured."
-    pixels = max(row["pixels"] for row in entry["rows"])
-    cells: dict[tuple[str, str, str], dict[str, str]] = {}
-    for row in entry["rows"]:
-        if row["pixels"] == pixels:
-            text = f"{row['relative_error']:.1e}" if row["status"] == "ok" else row["status"]
-            cells.setdefault((row["subject"], row["result"], row["variant"]), {})[row["dtype"]] = text
-    dtypes = ("float32", "bfloat16", "float16")
-    rows = [(*key, *(found.get(dtype, "") for dtype in dtypes)) for key, found in cells.items()]
-    rows.sort(key=lambda row: (row[0], row[1]))
-    return _table(("case", "result", "variant", *dtypes), rows)
+    """The largest errors against float64, over the largest magnitude of the result."""
+    rows = [
+        (row["title"], row["result"], *(f"{row[name]:.1e}" for name in (OURS, PLAIN))) for row in results["accuracy"]
+    ]
+    return table((f"{ACCURACY_EDGE} x {ACCURACY_EDGE}", "result", OURS, PLAIN), rows)
 
 
-def replace_in_pages(results: Results, gpu: Results | None) -> None:
-    """Write the tables between the marks of the README and of the page on benchmarks."""
-    for page, tables in sections(results, gpu).items():
-        text = page.read_text(encoding="utf-8")
-        for name, written in tables.items():
-            begin, end = BEGIN.format(name), END.format(name)
-            before, rest = text.split(begin)
-            text = f"{before}{begin}\n\n{written}\n\n{end}{rest.split(end)[1]}"
-        page.write_text(text, encoding="utf-8")
+def machine(results: Results, *, is_short: bool = False) -> str:
+    """The line below a table: what the figures belong to."""
+    facts, rates = results["machine"], results["rates"]
+    where = facts["device"] + (f", {facts['threads']} threads" if results["device"] == "cpu" else "")
+    sizes = f"One image, 256 feature channels, 21 classes, float32; {where}, torch {facts['torch']}"
+    if is_short:
+        return f"{sizes}. Memory is what a call needs beyond its inputs."
+    return (
+        f"{sizes}, commit {results['commit']}, {results['date']}, one run. Figures are medians over rounds in which "
+        "the variants take turns, ratios are taken within a round; in brackets the interval that holds the median with "
+        "95 % confidence (below six rounds: the extremes). A target is met or missed if the whole interval is on one "
+        "side of it; the spread is the interquartile range over the median. A square matrix product reaches "
+        f"{rates['matrix'] / 1e9:.0f} GFLOP/s and a copy {rates['copy'] / 1e9:.0f} GB/s."
+    )
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ("---",) * len(head), *rows])
 
 
-def _kind(name: str, variant: Results) -> str:
-    note = {"bound": " (a bound)", "related": " (another result)"}.get(variant["kind"], "")
-    return name if name.startswith("dlprop") else name + note
-
-
-def _time(variant: Results | None) -> str:
-    if variant is None:
-        return "not measured"
-    if variant["status"] != "ok":
-        return variant["status"]
-    seconds = variant["seconds"]["median"]
+def time(found: Results | None) -> str:
+    if found is None or "seconds" not in found:
+        return "" if found is None else f"needs {gib(found['needs_gib'])}"
+    seconds = found["seconds"]["median"]
     return f"{seconds:.2f}{NBSP}s" if seconds >= 1 else f"{seconds * 1e3:.3g}{NBSP}ms"
 
 
-def _ratio(value: float) -> str:
+def mib(found: Results | None) -> str:
+    if found is None or "peak_mib" not in found:
+        return "" if found is None or "needs_gib" not in found else gib(found["needs_gib"])
+    return f"{found['peak_mib']:,.0f}{NBSP}MiB"
+
+
+def gib(value: float) -> str:
+    return f"{value:,.0f}{NBSP}GiB"
+
+
+def ratio(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _mib(variant: Results) -> str:
-    mib = variant.get("peak_mib")
-    return "" if mib is None else f"{mib:.0f} MiB"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+# What stands between the marks of each page, by the name of the marks.
+MARKS: dict[Path, dict[str, Callable[[Results], str]]] = {
+    README: {"benchmarks": lambda results: f"{short(results)}\n\n{machine(results, is_short=True)}"},
+    PAGE: {
+        "targets": lambda results: f"{targets(results)}\n\n{machine(results)}",
+        "variants": variants,
+        "growth": growth,
+        "accuracy": accuracy,
+    },
+}
