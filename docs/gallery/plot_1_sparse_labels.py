@@ -2,9 +2,9 @@
 From one pixel in a hundred to all of them
 ==========================================
 
-Labels are known at one pixel in a hundred, drawn at random. `DerivativeLabelPropagation` carries them to all others
-along the similarity of hand-made features: soft bins of the blurred colour times soft bins of the position. Nothing
-here is trained, and no feature has seen the truth.
+Labels are known at one pixel in a hundred, drawn at random. `DerivativeLabelPropagation` brings them to all others
+with hand-made features: soft bins of the blurred colour times soft bins of the position. Nothing here is trained, and
+no feature has seen the truth.
 """
 
 import matplotlib.pyplot as plt
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from matplotlib.colors import ListedColormap
 
 from dlprop import DerivativeLabelPropagation
+from dlprop.affinity import Linear
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene
 
 torch.manual_seed(0)
@@ -56,8 +57,8 @@ labels = torch.tensor(truth).long()
 logits = F.one_hot(labels.where(known, 0), len(CLASS_NAMES)).permute(2, 0, 1).float()[None]
 
 
-def propagated(feats, max_order):
-    propagate = DerivativeLabelPropagation(max_order=max_order, scale="degree")
+def propagated(feats, *weights):
+    propagate = DerivativeLabelPropagation(Linear(weights=weights, scale="degree"))
     return propagate(logits, feats, mask=known[None])[0].argmax(0)
 
 
@@ -65,9 +66,9 @@ panels = {
     "image": image,
     f"known labels ({int(known.sum())} pixels)": labels.where(known, 255),
     "truth": labels,
-    "position alone": propagated(position[None], 0),
-    "with colour, order 0": propagated(feats, 0),
-    "with colour, orders 0 and 1": propagated(feats, 1),
+    "position alone": propagated(position[None], 1),
+    "with colour, order 0": propagated(feats, 1),
+    "with colour, orders 0 and 1": propagated(feats, 1, 1),
 }
 
 # %%

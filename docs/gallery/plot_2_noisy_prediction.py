@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from matplotlib.colors import ListedColormap
 
 from dlprop import DerivativeLabelPropagation
+from dlprop.affinity import Softmax
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene
 
 torch.manual_seed(0)
@@ -33,7 +34,7 @@ logits = 2 * Y + blobs
 
 settings = {
     "Eq. 4": DerivativeLabelPropagation(),
-    "softmax, cosine": DerivativeLabelPropagation(affinity="softmax", similarity="cosine", weights=(30.0, 30.0)),
+    "softmax, cosine": DerivativeLabelPropagation(Softmax(similarity="cosine", weights=(30.0, 30.0))),
 }
 noise = torch.rand(1, 2 * C, *labels.shape)
 clean = Y.repeat_interleave(2, dim=1)

@@ -14,7 +14,7 @@ from typing import Any
 from .config import Config, ConfigError, add_config_arguments, make_config, read_yaml, values_from_arguments
 from .figures import INK, new_figure, write_figure
 from .files import write_bytes, write_json, write_yaml
-from .state import FREE_OPTIONS
+from .state import changed_options
 
 # What the table shows of every run: network, output, title.
 COLUMNS = (
@@ -123,10 +123,8 @@ def is_done(job: Job) -> bool:
     path = job.out / "results.json"
     if not path.is_file():
         return False
-    found, expected = read_results(job)["config"], job.config.to_dict()
-    for name, value in expected.items():
-        if name not in FREE_OPTIONS and found.get(name) != value:
-            raise ConfigError(f"{path}: {name} is {found.get(name)!r} there, {value!r} here; choose another --out")
+    for name, theirs, ours in changed_options(read_results(job)["config"], job.config):
+        raise ConfigError(f"{path}: {name} is {theirs!r} there, {ours!r} here; choose another --out")
     return True
 
 

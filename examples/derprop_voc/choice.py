@@ -9,9 +9,12 @@ from typing import get_args
 import torch
 from torch import nn
 
-from .config import Config, ConfigError, hints
+from dlprop import MomentumAverager
+
+from .config import Config, ConfigError, hints, make_config
 from .files import CheckpointError
-from .state import load_networks, read_checkpoint
+from .model import SegmentationNetwork
+from .state import check_state, read_checkpoint
 
 NETWORKS = ("tested", "trained", "averaged")
 
@@ -83,16 +86,27 @@ def load_finished(paths: Sequence[Path], device: torch.device) -> list[Finished]
     """Checkpoints on `device`, named after their files, or by their paths where two files have one name."""
     stems = [path.stem for path in paths]
     named = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
-    finished = []
-    for name, path in zip(named, paths, strict=True):
-        checkpoint = read_checkpoint(path)
-        progress = {key: checkpoint[key] for key in ("step", "epoch")}
-        networks, config, class_names = load_networks(path)
-        # The same arithmetic as while training, to the last bit.
-        layout = torch.channels_last if config.channels_last else torch.preserve_format
-        networks = {key: network.to(device).to(memory_format=layout) for key, network in networks.items()}
-        finished.append(Finished(name, path, **progress, networks=networks, config=config, class_names=class_names))
-    return finished
+    return [_finished(name, path, device) for name, path in zip(named, paths, strict=True)]
+
+
+def _finished(name: str, path: Path, device: torch.device) -> Finished:
+    checkpoint = read_checkpoint(path)
+    config, class_names = make_config(checkpoint["config"]), tuple(checkpoint["class_names"])
+    network = SegmentationNetwork(config, len(class_names), initialise=False)
+    parts: dict[str, nn.Module] = {"network": network}
+    if checkpoint["averager"] is not None:
+        parts["averager"] = MomentumAverager(network, config.average_momentum)
+    for key, part in parts.items():
+        check_state(path, key, checkpoint[key], part.state_dict())
+        part.load_state_dict(checkpoint[key])
+    networks: dict[str, nn.Module] = {"trained": network}
+    if "averager" in parts:
+        networks["averaged"] = parts["averager"].module
+    # The same arithmetic as while training, to the last bit.
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    for part in networks.values():
+        part.to(device).to(memory_format=layout).eval()
+    return Finished(name, path, checkpoint["step"], checkpoint["epoch"], networks, config, class_names)
 
 
 def make_device(accelerator: str, threads: int) -> torch.device:

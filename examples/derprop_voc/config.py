@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,16 @@ GROUPS = {
     "epochs": "schedule",
     "accelerator": "machine",
     "evaluation": "evaluation and output",
+}
+
+CLASSIFIERS = ("ridge", "discriminant")
+# Options that only some affinities have; with another they stay at their defaults.
+ONLY_FOR = {
+    "scale": ("linear",),
+    "similarity": ("linear", "softmax"),
+    "shrinkage": CLASSIFIERS,
+    "balance": ("ridge",),
+    "across": CLASSIFIERS,
 }
 
 
@@ -76,14 +87,24 @@ class Config:
     variant: Variant = option(  # noqa: RUF009, an alias hides from ruff that this is a field
         "full", "which of the method's parts are used; see the README"
     )
-    affinity: Literal["linear", "softmax"] = option("linear", "linear: Eq. 4; softmax: as released")
+    affinity: Literal["linear", "softmax", "ridge", "discriminant"] = option(
+        "linear", "linear: Eq. 4; softmax: as released; ridge and discriminant: with a metric of the image's own"
+    )
     scale: Literal["sum", "mean", "degree"] = option("sum", "scale of the linear affinity")
     resolution: Literal["feats", "logits"] = option("feats", "grid that propagation runs on")
-    similarity: Literal["dot", "cosine"] = option("dot", "similarity of the propagation")
-    normalize: Literal["l1", "l2", "softmax", "none"] = option("l1", "features before differencing, when propagating")
-    scheme: Literal["forward", "central", "sum", "laplacian"] = option("forward", "operator: Eq. 2, 10, 11 or 12")
-    max_order: int = option(1, "Q, the highest order of the similarity", low=0)
-    order_weights: tuple[float, ...] = option((), "one weight per order 0..Q; empty: ones")
+    similarity: Literal["dot", "cosine"] = option("dot", "similarity of the linear and the softmax affinity")
+    shrinkage: float = option(
+        0.0, "of the covariance, for ridge and discriminant; 0: the affinity's own, 0.03 and 0.1", low=0
+    )
+    balance: float = option(0.5, "of ridge; 0 counts every pixel alike, 1 every class", low=0, high=1)
+    across: Literal["image", "batch"] = option("image", "whose pixels ridge and discriminant are estimated from")
+    normalize: Literal["auto", "l1", "l2", "softmax", "none"] = option(
+        "auto", "features before propagation; auto: the affinity's own, none for ridge and discriminant, else l1"
+    )
+    scheme: Literal["forward", "central", "sum", "laplacian"] = option(
+        "forward", "operator of propagation and L_Der: Eq. 2, 10, 11 or 12"
+    )
+    order_weights: tuple[float, ...] = option((1.0, 1.0), "weights of the orders 0..Q of the propagation's similarity")
     detach_logits: bool = option(False, "let the cross entropy of P~ train the features only")
     rectify: bool = option(True, "take pseudo-labels from Eq. 5; with --no-rectify, from P alone")
     ramp_end: float = option(
@@ -94,6 +115,7 @@ class Config:
     weight_kl: float = option(0.25, "weight of L_KL, Eq. 7", low=0)
     weight_der: float = option(0.5, "weight of L_Der, Eq. 7", low=0)
     weight_propagated: float = option(1.0, "factor on the cross entropies of P~ inside L_CE; 0 leaves them out", low=0)
+    max_order: int = option(1, "Q of L_Der, its highest order; its sparsity term has the next one", low=0)
     loss_norm: Literal["l1", "frobenius"] = option("l1", "norm of L_Der's residuals")
     loss_normalize: Literal["l1", "l2", "softmax", "none"] = option("l1", "features before differencing, in L_Der")
     eta: float = option(0.5, "weight of L_Der's sparsity term", low=0)
@@ -153,16 +175,31 @@ class Config:
             raise ConfigError(f"image_size: expected a height and a width, got {list(self.image_size)}")
         if len(self.rescale) != 2 or not 0 < self.rescale[0] <= self.rescale[1]:
             raise ConfigError(f"rescale: expected two positive numbers in rising order, got {list(self.rescale)}")
-        if self.order_weights and len(self.order_weights) != self.max_order + 1:
+        if not self.order_weights or not all(map(math.isfinite, self.order_weights)):
+            raise ConfigError(f"order_weights: expected a finite number for each order, got {list(self.order_weights)}")
+        step = 2 if self.scheme in ("central", "laplacian") else 1
+        highest = max(len(self.order_weights) - 1, self.max_order + 1 if self.has_derivative_loss else 0)
+        if highest * step >= self.feature_channels:
             raise ConfigError(
-                f"order_weights: expected max_order + 1 = {self.max_order + 1} numbers, got {len(self.order_weights)}"
+                f"feature_channels: expected more than {highest * step} for differences of order {highest} with scheme "
+                f"{self.scheme}, got {self.feature_channels}"
             )
         if len(self.timm_stages) != 2 or not 0 <= self.timm_stages[0] < self.timm_stages[1]:
             raise ConfigError(f"timm_stages: expected two stages in rising order, got {list(self.timm_stages)}")
         if self.num_classes and self.class_names and self.num_classes != len(self.class_names):
             raise ConfigError(f"class_names: expected num_classes = {self.num_classes}, got {len(self.class_names)}")
-        if self.affinity == "softmax" and self.scale != "sum":
-            raise ConfigError(f"scale: {self.scale!r} applies to the linear affinity only; leave it at 'sum'")
+        for name, affinities in ONLY_FOR.items():
+            value, default = getattr(self, name), getattr(Config, name)
+            if self.affinity not in affinities and value != default:
+                raise ConfigError(
+                    f"{name}: {value!r} applies to {' and '.join(affinities)} only, not to {self.affinity}; "
+                    f"leave it at {default!r}"
+                )
+        if self.affinity in CLASSIFIERS and (self.order_weights[0] <= 0 or min(self.order_weights) < 0):
+            raise ConfigError(
+                f"order_weights: expected the first above 0 and none below for {self.affinity}, "
+                f"got {list(self.order_weights)}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain YAML and JSON values."""

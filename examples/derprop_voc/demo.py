@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .choice import load_finished
 from .config import Config, make_config, read_yaml
 from .data import SegmentationDataset, load_data
 from .files import write_bytes, write_json
 from .losses import make_propagation
 from .panels import draw_panel, prediction_rows
 from .scenes import write_scenes
-from .state import load_networks
 from .train import run
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -96,10 +98,9 @@ def draw_comparison(path: Path, configs: Mapping[str, Config], results: Mapping[
     notes: dict[str, str] = {}
     for name, config in configs.items():
         label = RUNS[name][0]
-        networks, _, names = load_networks(Path(config.out) / "latest.pt")
+        (finished,) = load_finished([Path(config.out) / "latest.pt"], torch.device("cpu"))
         val = SegmentationDataset(load_data(config).val, labeled=True, stored_mask=True)
-        tested = list(networks.values())[-1]
-        predicted = prediction_rows(tested, make_propagation(config), val, config.panel_images)
+        predicted = prediction_rows(finished.network("tested"), make_propagation(config), val, config.panel_images)
         rows = rows or [{"image": row["image"], "truth": row["truth"]} for row in predicted]
         for target, row in zip(rows, predicted, strict=True):
             target[label] = row["without propagation"]
@@ -108,4 +109,4 @@ def draw_comparison(path: Path, configs: Mapping[str, Config], results: Mapping[
     for row in rows:
         row["truth"] = row.pop("truth")  # the last column
     title = f"Generated scenes, {SCENES['labeled']} labelled and {SCENES['unlabeled']} unlabelled"
-    draw_panel(path, rows, names, title=title, notes=notes)
+    draw_panel(path, rows, finished.class_names, title=title, notes=notes)

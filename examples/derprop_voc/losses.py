@@ -1,6 +1,6 @@
 """The training objective, Eq. 7, and what it needs: pseudo-labels, their confidence, and the terms of each half."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,25 +8,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlprop import DerivativeLabelPropagation, DerivativeLoss
+from dlprop.affinity import Affinity, Discriminant, Linear, Ridge, Softmax
 
-from .config import Config
+from .config import ONLY_FOR, Config
 from .data import VOID
 from .distributed import global_mean, highest
 from .model import Output
 
+AFFINITIES: dict[str, Callable[..., Affinity]] = {
+    "linear": Linear,
+    "softmax": Softmax,
+    "ridge": Ridge,
+    "discriminant": Discriminant,
+}
+
 
 def make_propagation(config: Config) -> DerivativeLabelPropagation:
-    """Eq. 4 with the options of `config`."""
-    return DerivativeLabelPropagation(
-        max_order=config.max_order,
-        weights=config.order_weights or None,
-        scheme=config.scheme,
-        normalize=_optional(config.normalize),
-        similarity=config.similarity,
-        affinity=config.affinity,
-        scale=config.scale,
-        resolution=config.resolution,
-    )
+    """Propagation with the affinity of `config` and those of its options that this affinity has."""
+    options: dict[str, Any] = {"weights": config.order_weights, "scheme": config.scheme}
+    options |= {name: getattr(config, name) for name, affinities in ONLY_FOR.items() if config.affinity in affinities}
+    if not config.shrinkage:
+        options.pop("shrinkage", None)
+    if config.normalize != "auto":
+        options["normalize"] = _optional(config.normalize)
+    return DerivativeLabelPropagation(AFFINITIES[config.affinity](**options), resolution=config.resolution)
 
 
 def make_derivative_loss(config: Config) -> DerivativeLoss:
@@ -92,7 +97,8 @@ class Objective(nn.Module):
     def pseudo_labels(self, weak: Output, valid: Tensor, ramp: float) -> Tensor:
         """P_bar of Eq. 5, or P where the variant has no propagation: (N, C, H, W)."""
         if self.config.propagates and self.config.rectify:
-            return self.propagate.rectify(weak.logits, weak.feats, ramp * self.config.ramp_end, mask=valid)
+            logits, mask = without_padding(self.propagate, weak.logits, valid)
+            return self.propagate.rectify(logits, weak.feats, ramp * self.config.ramp_end, mask=mask)
         return weak.logits.softmax(1)
 
     def labeled(self, output: Output, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
@@ -161,7 +167,21 @@ class Objective(nn.Module):
 
     def _propagated(self, output: Output, valid: Tensor) -> Tensor:
         logits = output.logits.detach() if self.config.detach_logits else output.logits
-        return self.propagate(logits, output.feats, mask=valid)
+        logits, mask = without_padding(self.propagate, logits, valid)
+        return self.propagate(logits, output.feats, mask=mask)
+
+
+def without_padding(
+    propagate: DerivativeLabelPropagation, logits: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Logits (N, C, H, W) and mask with which padding carries nothing in a propagation.
+
+    In a sum, logits of 0 do it. A mask would too, but with one a point of the features takes the mean of the pixels
+    around it and not what is predicted there, which blurs P~. Ridge and discriminant count pixels, so they need it.
+    """
+    if isinstance(propagate.affinity, Ridge | Discriminant):
+        return logits, valid
+    return torch.where(valid[:, None], logits, 0), None
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dlprop import DerivativeLabelPropagation
 
 from .data import VOID
 from .evaluate import make_metric
+from .losses import without_padding
 from .model import Output
 
 
@@ -31,16 +32,20 @@ class PseudoLabelQuality:
         """Takes one labelled batch."""
         target = target.masked_fill(~valid, VOID)
         self._update("labeled_prediction", output.logits, target)
-        self._update("labeled_propagated", self.propagate(output.logits, output.feats, mask=valid), target)
+        self._update("labeled_propagated", self._propagated(output, valid), target)
 
     @torch.no_grad()
     def unlabeled(self, weak: Output, pseudo: Tensor, confident: Tensor, target: Tensor, valid: Tensor) -> None:
         """Takes one unlabelled batch, before CutMix."""
         target = target.masked_fill(~valid, VOID)
         self._update("unlabeled_prediction", weak.logits, target)
-        self._update("unlabeled_propagated", self.propagate(weak.logits, weak.feats, mask=valid), target)
+        self._update("unlabeled_propagated", self._propagated(weak, valid), target)
         self._update("unlabeled_pseudo", pseudo, target)
         self._update("unlabeled_confident", pseudo, target.masked_fill(~confident, VOID))
+
+    def _propagated(self, output: Output, valid: Tensor) -> Tensor:
+        logits, mask = without_padding(self.propagate, output.logits, valid)
+        return self.propagate(logits, output.feats, mask=mask)
 
     def _update(self, name: str, scores: Tensor, target: Tensor) -> None:
         self.metrics[name].update(scores.argmax(1), target)
@@ -49,6 +54,8 @@ class PseudoLabelQuality:
         """Name -> mIoU since the last call; names that saw no pixel are left out. All processes must call this."""
         values: dict[str, Any] = {}
         for name, metric in self.metrics.items():
+            if not metric["miou"].update_called:
+                continue
             result = metric.compute()
             if result["confusion"].sum() > 0:
                 values[name] = result["miou"].item()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from dlprop import derivative_similarity
+from dlprop.affinity import Discriminant, Linear, Ridge, Softmax
 
 from .augment import to_input
 from .choice import (
@@ -24,9 +25,10 @@ from .choice import (
     load_finished,
     make_device,
 )
-from .config import Config, ConfigError
+from .config import ConfigError
 from .data import read_image
 from .figures import FRAME, INK, new_figure, write_figure
+from .losses import Objective
 from .panels import class_colours
 
 
@@ -50,41 +52,37 @@ def similarity_command(arguments: argparse.Namespace) -> None:
     (finished,) = load_finished(paths, device)
     network = finished.network(arguments.network)
     out = arguments.out or paths[0].parent / f"similarity_{arguments.image.stem}.png"
-    draw_similarity_maps(
-        out,
-        network,
-        finished.config,
-        image,
-        arguments.pixel,
-        class_names=finished.class_names,
-        title=f"{arguments.image.name}, {finished.config.variant}, step {finished.step}",
-    )
+    title = f"{arguments.image.name}, {finished.config.variant}, step {finished.step}"
+    objective = Objective(finished.config)
+    draw_similarity_maps(out, network, objective, image, arguments.pixel, class_names=finished.class_names, title=title)
     print(f"Wrote {out}")
 
 
-def similarity_maps(feats: Tensor, config: Config, query: int) -> dict[str, Tensor]:
+def similarity_maps(
+    feats: Tensor, affinity: Linear | Softmax | Ridge | Discriminant, query: int, *, held_down: int | None = None
+) -> dict[str, Tensor]:
     """Row `query` of the similarities of features (1, D, h, w), as named maps (h, w).
 
-    "S_q" for q = 0..Q+1, the orders that propagation weighs and the one that L_Der holds down (where D has that many
-    differences); "S", the weighted sum of the orders up to Q; with the softmax affinity "softmax", what the pixel gives
-    to each other one.
+    "S_q" for the orders q = 0..Q that `affinity` weighs and, beside them, the order `held_down` by L_Der; "S", the
+    weighted sum of the orders up to Q; with the softmax affinity "softmax", what the pixel gives to each other one.
+    Ridge and discriminant compare no pairs of pixels: their maps are dot products, of orders that their prior weighs.
     """
-    weights = config.order_weights or (1.0,) * (config.max_order + 1)
-    step = 2 if config.scheme in ("central", "laplacian") else 1
-    orders = [order for order in range(config.max_order + 2) if order * step < feats.shape[1]]
+    orders = [*range(len(affinity.weights))]
+    if held_down is not None and held_down not in orders:
+        orders.append(held_down)
     maps = {
         f"S_{order}": derivative_similarity(
             feats,
             order=order,
-            scheme=config.scheme,
-            normalize=None if config.normalize == "none" else config.normalize,
-            similarity=config.similarity,
+            scheme=affinity.scheme,
+            normalize=affinity.normalize,
+            similarity=affinity.similarity if isinstance(affinity, Linear | Softmax) else "dot",
             query=torch.tensor([query], device=feats.device),
         )[0, 0]
         for order in orders
     }
-    maps["S"] = torch.stack([weight * maps[f"S_{order}"] for order, weight in enumerate(weights)]).sum(0)
-    if config.affinity == "softmax":
+    maps["S"] = torch.stack([weight * maps[f"S_{order}"] for order, weight in enumerate(affinity.weights)]).sum(0)
+    if isinstance(affinity, Softmax):
         maps["softmax"] = maps["S"].softmax(0)
     return {name: values.unflatten(0, feats.shape[-2:]) for name, values in maps.items()}
 
@@ -93,7 +91,7 @@ def similarity_maps(feats: Tensor, config: Config, query: int) -> dict[str, Tens
 def draw_similarity_maps(
     path: Path,
     network: nn.Module,
-    config: Config,
+    objective: Objective,
     image: Tensor,
     pixel: Sequence[int] | None = None,
     *,
@@ -105,7 +103,7 @@ def draw_similarity_maps(
     Args:
         path: file to write.
         network: gives `Output`; used in the mode that it is in.
-        config: the run's; gives the working size and the options of the similarity.
+        objective: the run's; gives the working size, the affinity and the order that L_Der holds down.
         image: uint8 (3, H, W), at its own size.
         pixel: row and column in `image`; None: its centre.
         class_names: in id order.
@@ -120,19 +118,21 @@ def draw_similarity_maps(
         raise ConfigError(
             f"pixel: expected row 0 to {height - 1} and column 0 to {width - 1} of the image, got {row} {column}"
         )
+    config, affinity = objective.config, objective.propagate.affinity
+    held_down = config.max_order + 1 if config.has_derivative_loss else None
     worked = TF.resize(image, list(config.image_size), antialias=True) if config.image_size else image
     output = network(to_input(worked)[None].to(next(network.parameters()).device))
     scores = F.interpolate(output.logits.softmax(1), (height, width), mode="bilinear", align_corners=True)
     labels = scores[0].argmax(0).cpu().numpy()
     h, w = output.feats.shape[-2:]
     cell = (row * h // height, column * w // width)  # the feature whose share of the image holds the pixel
-    maps = similarity_maps(output.feats.float(), config, cell[0] * w + cell[1])
+    maps = similarity_maps(output.feats.float(), affinity, cell[0] * w + cell[1], held_down=held_down)
 
-    titles = {"S": _sum_title(config), "softmax": "softmax of the sum"} | {
-        f"S_{order}": f"$S_{order}$, similarity of order {order}" for order in range(config.max_order + 2)
-    }
-    if config.has_derivative_loss:
-        titles[f"S_{config.max_order + 1}"] += ", held down by $L_{Der}$"
+    orders = [name[2:] for name in maps if name.startswith("S_")]
+    titles = {f"S_{order}": f"$S_{order}$, similarity of order {order}" for order in orders}
+    titles |= {"S": _sum_title(affinity.weights), "softmax": "softmax of the sum"}
+    if held_down is not None:
+        titles[f"S_{held_down}"] += ", held down by $L_{Der}$"
     colours = class_colours(len(class_names))
     figure, axes = _grid(2 + len(maps), width / height)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -167,8 +167,7 @@ def draw_similarity_maps(
     write_figure(path, figure)
 
 
-def _sum_title(config: Config) -> str:
-    weights = config.order_weights or (1.0,) * (config.max_order + 1)
+def _sum_title(weights: Sequence[float]) -> str:
     return "sum: " + " + ".join(
         f"{'' if weight == 1 else f'{weight:g} '}$S_{order}$" for order, weight in enumerate(weights)
     )

@@ -8,11 +8,11 @@ from types import UnionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dlprop import MomentumAverager
 
-from .config import Config, ConfigError, make_config
+from .config import Config, ConfigError
 from .data import Data, digest
 from .distributed import gathered
 from .files import CheckpointError
@@ -83,7 +83,8 @@ class State:
         self.step, self.history, self.best = checkpoint["step"], list(checkpoint["history"]), checkpoint["best"]
 
 
-FORMAT = "derprop_voc 1"
+# Counts up when a key, an option or its meaning changes, so that no file is read as what it is not.
+FORMAT = "derprop_voc 2"
 KEYS: dict[str, type | UnionType] = {
     "step": int,
     "epoch": int,
@@ -156,12 +157,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def changed_options(found: Mapping[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
+    """Name, value in `found` and in `config` of every option that matters and differs; None where it is missing."""
+    expected = config.to_dict()
+    names = (name for name in {**expected, **found} if name not in FREE_OPTIONS)
+    pairs = ((name, found.get(name), expected.get(name)) for name in names)
+    return [(name, theirs, ours) for name, theirs, ours in pairs if theirs != ours]
+
+
 def check_resumable(path: Path, checkpoint: Mapping[str, Any], config: Config, data: Data) -> None:
     """Raises `ConfigError` at the first option, class list or training list that differs from the checkpoint's run."""
-    expected = config.to_dict()
-    for name, value in checkpoint["config"].items():
-        if name not in FREE_OPTIONS and expected.get(name) != value:
-            raise ConfigError(f"{name}: {path} was made with {value!r}, this run has {expected.get(name)!r}")
+    for name, theirs, ours in changed_options(checkpoint["config"], config):
+        raise ConfigError(f"{name}: {path} was made with {theirs!r}, this run has {ours!r}")
     if list(data.class_names) != checkpoint["class_names"]:
         raise ConfigError(
             f"class_names: {path} was made with {checkpoint['class_names']}, found {list(data.class_names)}"
@@ -182,23 +189,3 @@ def check_state(path: Path, name: str, found: Mapping[str, Any] | None, expected
         if isinstance(ours, Tensor) and (not isinstance(theirs, Tensor) or theirs.shape != ours.shape):
             shape = list(theirs.shape) if isinstance(theirs, Tensor) else type(theirs).__name__
             raise CheckpointError(f"{path}: {name}: key {key!r}: expected shape {list(ours.shape)}, found {shape}")
-
-
-def load_networks(path: Path) -> tuple[dict[str, nn.Module], Config, tuple[str, ...]]:
-    """The networks of a checkpoint by name, its config and class names; on the CPU, in evaluation mode.
-
-    The last one is the network that the run is tested with: "averaged" where there is a momentum network, else
-    "trained".
-    """
-    checkpoint = read_checkpoint(path)
-    config, names = make_config(checkpoint["config"]), tuple(checkpoint["class_names"])
-    network = SegmentationNetwork(config, len(names), initialise=False)
-    check_state(path, "network", checkpoint["network"], network.state_dict())
-    averager = MomentumAverager(network, config.average_momentum) if checkpoint["averager"] is not None else None
-    network.load_state_dict(checkpoint["network"])
-    networks: dict[str, nn.Module] = {"trained": network.eval()}
-    if averager:
-        check_state(path, "averager", checkpoint["averager"], averager.state_dict())
-        averager.load_state_dict(checkpoint["averager"])
-        networks["averaged"] = averager.module.eval()
-    return networks, config, names

@@ -14,7 +14,7 @@ from .choice import (
     load_finished,
     make_device,
 )
-from .config import Config, ConfigError, make_config
+from .config import ONLY_FOR, Config, ConfigError, make_config
 from .data import SegmentationDataset
 from .evaluate import evaluate
 from .files import versions, write_json
@@ -22,7 +22,8 @@ from .losses import make_propagation
 from .scoring import add_data_arguments, data_overrides, validation_data
 
 PROPAGATION = (
-    "affinity", "scale", "resolution", "similarity", "normalize", "scheme", "max_order", "order_weights",
+    "affinity", "scale", "resolution", "similarity", "normalize", "scheme", "order_weights", "shrinkage", "balance",
+    "across",
 )  # fmt: skip
 
 
@@ -69,7 +70,9 @@ def sweep(arguments: argparse.Namespace) -> None:
 
 
 def make_settings(base: Config, grid: Mapping[str, Mapping[str, Any]]) -> dict[str, Config]:
-    """The grid's settings on top of the run's options.
+    """The grid's settings on top of the run's options, without the weights that the run was trained with.
+
+    A setting that names an affinity starts from that affinity's defaults, and the run's `scheme` and `resolution`.
 
     Raises:
         ConfigError: for an option that is not one of propagation.
@@ -78,8 +81,12 @@ def make_settings(base: Config, grid: Mapping[str, Mapping[str, Any]]) -> dict[s
         for option in options:
             if option not in PROPAGATION:
                 raise ConfigError(f"grid: {name}: expected options of {', '.join(PROPAGATION)}, got {option}")
-    plain = {"order_weights": [], "scale": "sum"}  # what a run was trained with need not fit another setting
-    return {name: make_config(base.to_dict() | plain | dict(options)) for name, options in grid.items()}
+    weights: dict[str, Any] = {"order_weights": Config.order_weights}
+    of_affinity = weights | {name: getattr(Config, name) for name in ("normalize", *ONLY_FOR)}
+    return {
+        name: make_config(base.to_dict() | (of_affinity if "affinity" in options else weights) | dict(options))
+        for name, options in grid.items()
+    }
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

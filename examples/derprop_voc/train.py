@@ -288,7 +288,7 @@ class Trainer:
             "with propagation": f"P~, mIoU {100 * tested['propagated']['miou']:.1f}" if tested else "P~",
         }
         config = self.config
-        form = config.affinity if config.affinity == "softmax" else f"linear, {config.scale}"
+        form = f"linear, {config.scale}" if config.affinity == "linear" else config.affinity
         detached = ", logits detached" if config.detach_logits and config.propagates else ""
         title = f"{config.variant} (affinity: {form}{detached}), seed {config.seed}, step {self.state.step}"
         rows = prediction_rows(self._tested(), self.objective.propagate, self.val, config.panel_images)
@@ -300,7 +300,9 @@ class Trainer:
         item = self.data.val[0]
         title = f"{item.name}, {self.config.variant}, step {self.state.step}"
         image = read_image(item.image).as_subclass(Tensor)
-        draw_similarity_maps(path, self._tested(), self.config, image, class_names=self.data.class_names, title=title)
+        draw_similarity_maps(
+            path, self._tested(), self.objective, image, class_names=self.data.class_names, title=title
+        )
         self.state.network.train()
 
     def _tested(self) -> nn.Module:

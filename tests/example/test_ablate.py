@@ -117,7 +117,10 @@ def test_curves_are_means_over_seeds(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_failed_run_stops_no_other_and_the_command_goes_on_where_it_stopped(tmp_path, capsys):
+def test_a_failed_run_stops_no_other_and_the_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    failing = [sys.executable, "-c", "import sys; print('a line'); sys.exit('error: option partition: none')"]
+    make_command = ablate_module.command
+    monkeypatch.setattr(ablate_module, "command", lambda job: failing if job.variant == "broken" else make_command(job))
     data, out, grid = tmp_path / "data", tmp_path / "out", tmp_path / "grid.yaml"
     write_scenes(data, labeled=3, unlabeled=4, val=2, size=(40, 48), seed=1)
     grid.write_text("broken: {partition: none}\ngood: {variant: supervised}\n")

@@ -443,8 +443,11 @@ def test_damage_found_while_reading_is_one_line(folder, workers, place):
     path.write_bytes(damaged)
     data = load(folder, partition="half")
     loader = DataLoader(SegmentationDataset(data.unlabeled, labeled=False), batch_size=None, num_workers=workers)
+    batches = iter(loader)
     with pytest.raises(DataError) as error:
-        list(loader)
+        list(batches)
+    if workers:
+        batches._shutdown_workers()  # left to the garbage collector, it waits for five seconds
     assert str(error.value).startswith(f"{path}: expected an image that is whole, found: ")
     assert "\n" not in str(error.value)
 

@@ -13,16 +13,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlprop import DerivativeLabelPropagation
+from dlprop.affinity import Ridge, Softmax
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.augment import to_input
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import Data, read_image
 from examples.derprop_voc.evaluate import _middle, _windows, evaluate, predict, probabilities
 from examples.derprop_voc.files import write_checkpoint
+from examples.derprop_voc.losses import make_propagation
 from examples.derprop_voc.model import Output
 from examples.derprop_voc.panels import class_colours
 from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
 from examples.derprop_voc.state import make_state
+from examples.derprop_voc.sweep import make_settings
 from examples.derprop_voc.train import run
 from tests.example.options import TINY
 
@@ -129,7 +132,7 @@ def test_one_sliding_window_is_the_original_and_a_wide_crop_too():
 
 def test_blend_is_the_mean_and_its_own_labels():
     image = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
-    network, propagate = FakeNetwork(), DerivativeLabelPropagation(affinity="softmax", normalize=None)
+    network, propagate = FakeNetwork(), DerivativeLabelPropagation(Softmax(normalize=None))
     values = probabilities(network, propagate, image)
     output = network(image[None] / 255)
     torch.testing.assert_close(values["prediction"], output.logits.softmax(1)[0].detach())
@@ -254,11 +257,11 @@ def validation(scenes, tmp_path):
 )
 def test_evaluate_and_predict_agree_through_a_confusion_matrix(finished, scenes, tmp_path, capsys, file, network, mode):
     out = tmp_path / "scores.json"
-    options = ["--mode", mode, "--window", "18"]
+    options = ["--mode", mode, "--window", "24"]
     assert main(["evaluate", "--run", str(finished), "--data", str(scenes), "--out", str(out), *options]) == 0
     text, results = capsys.readouterr().out, json.loads(out.read_text())
     assert (results["mode"], results["images"], results["classes"]) == (mode, 3, list(CLASS_NAMES))
-    assert results["window"] == (None if mode == "original" else 18)
+    assert results["window"] == (None if mode == "original" else 24)
     assert results["data"]["data"] == str(scenes)
     facts = [(entry["name"], entry["step"], entry["epoch"], entry["tested"]) for entry in results["checkpoints"]]
     assert facts == [("latest", 10, 5, "averaged"), ("best", 6, 3, "averaged")]
@@ -411,15 +414,18 @@ def test_evaluate_needs_one_mode_one_window_and_the_same_classes(finished, scene
 
 def test_a_sweep_scores_other_propagations_of_the_same_network(finished, scenes, tmp_path, capsys):
     grid, out = tmp_path / "grid.yaml", tmp_path / "sweep.json"
-    grid.write_text("own: {order_weights: [20, 20]}\nplain: {}\nlinear: {affinity: linear, normalize: l1}\n")
+    grid.write_text(
+        "own: {order_weights: [20, 20]}\nplain: {}\nlinear: {affinity: linear}\n"
+        "ridge: {affinity: ridge, shrinkage: 0.1}\ndiscriminant: {affinity: discriminant}\n"
+    )
     where = ["--run", str(finished), "--accelerator", "cpu", "--data", str(scenes)]
     command = ["sweep", *where, "--grid", str(grid), "--out", str(out)]
     assert main(command) == 0
     assert "| linear |" in capsys.readouterr().out
     rows = {row["setting"]: row for row in json.loads(out.read_text())["rows"]}
     assert len({row["prediction"] for row in rows.values()}) == 1
-    assert len({row["blend"] for row in rows.values()}) == 3
-    assert (rows["plain"]["affinity"], rows["plain"]["order_weights"]) == ("softmax", [])
+    assert len({row["blend"] for row in rows.values()}) == 5
+    assert (rows["plain"]["affinity"], rows["plain"]["order_weights"]) == ("softmax", [1.0, 1.0])
     assert main(["evaluate", *where, "--out", str(tmp_path / "scores.json")]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())["checkpoints"][0]
     expected = scores["networks"][scores["tested"]]
@@ -431,3 +437,19 @@ def test_a_sweep_scores_other_propagations_of_the_same_network(finished, scenes,
     grid.write_text("own: {lr: 1}\n")
     assert main(command) == 2
     assert "grid: own: expected options of affinity, scale" in capsys.readouterr().err
+    grid.write_text("own: {affinity: discriminant, balance: 1}\n")
+    assert main(command) == 2
+    assert "balance: 1.0 applies to ridge only" in capsys.readouterr().err
+
+
+def test_a_setting_that_names_an_affinity_starts_from_its_defaults():
+    base = make_config(
+        {"affinity": "linear", "scale": "degree", "normalize": "l2", "order_weights": [3], "scheme": "sum"}
+    )
+    settings = make_settings(
+        base, {"kept": {"similarity": "cosine"}, "named": {"affinity": "linear"}, "other": {"affinity": "ridge"}}
+    )
+    assert (settings["kept"].scale, settings["kept"].normalize) == ("degree", "l2")
+    assert (settings["named"].scale, settings["named"].normalize) == ("sum", "auto")
+    assert {config.order_weights for config in settings.values()} == {(1.0, 1.0)}
+    assert make_propagation(settings["other"]).affinity == Ridge(scheme="sum")

@@ -7,14 +7,14 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from dlprop import DerivativeLabelPropagation
+from dlprop.affinity import Linear, Ridge, Softmax
 from examples.derprop_voc import figures as figure_files
 from examples.derprop_voc import log
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import Data
 from examples.derprop_voc.files import write_checkpoint
-from examples.derprop_voc.losses import make_propagation
+from examples.derprop_voc.losses import Objective, make_propagation
 from examples.derprop_voc.model import Output
 from examples.derprop_voc.panels import class_colours
 from examples.derprop_voc.predict_folder import draw_legend
@@ -23,6 +23,8 @@ from examples.derprop_voc.similarity_maps import draw_similarity_maps
 from examples.derprop_voc.similarity_maps import similarity_maps as maps_of
 from examples.derprop_voc.state import make_state
 from tests.example.options import TINY_NETWORK as TINY
+
+pytestmark = pytest.mark.usefixtures("pictures")
 
 NORMS = {
     "l1": lambda v: v / np.abs(v).sum(),
@@ -66,8 +68,9 @@ def drawn(monkeypatch):
 )
 def test_maps_are_rows_of_the_formula(scheme, normalize, similarity):
     feats = torch.rand(1, 9, 3, 4, dtype=torch.float64)
-    options = {"scheme": scheme, "normalize": normalize, "similarity": similarity, "order_weights": [0.5, 2.0]}
-    maps = maps_of(feats, make_config(options | {"affinity": "softmax"}), 6)
+    name = None if normalize == "none" else normalize
+    affinity = Softmax(scheme=scheme, normalize=name, similarity=similarity, weights=(0.5, 2.0))
+    maps = maps_of(feats, affinity, 6, held_down=2)
     pixels = [NORMS[normalize](feats[0, :, y, x].numpy()) for y in range(3) for x in range(4)]
     rows = []
     for order in range(3):
@@ -88,22 +91,25 @@ def test_maps_are_rows_of_the_formula(scheme, normalize, similarity):
 @pytest.mark.parametrize("affinity", ["linear", "softmax"])
 def test_the_pixels_row_is_what_propagation_takes_from_it(affinity):
     """Logits that are 1 at one pixel spread along its row."""
-    config = make_config({"affinity": affinity, "similarity": "cosine", "max_order": 2})
+    propagate = make_propagation(
+        make_config({"affinity": affinity, "similarity": "cosine", "order_weights": [1, 1, 1]})
+    )
     feats = torch.randn(1, 9, 3, 4, dtype=torch.float64)
     logits = torch.zeros(1, 1, 3, 4, dtype=torch.float64)
     logits[0, 0, 2, 1] = 1
-    expected = make_propagation(config)(logits, feats)[0, 0]
-    maps = maps_of(feats, config, 2 * 4 + 1)
+    expected = propagate(logits, feats)[0, 0]
+    maps = maps_of(feats, propagate.affinity, 2 * 4 + 1)
     torch.testing.assert_close(maps["S" if affinity == "linear" else "softmax"], expected)
     assert ("softmax" in maps) == (affinity == "softmax")
 
 
-def test_maps_stop_where_the_features_have_no_more_differences():
-    """Two channels have differences of order 1, which propagation may use, but none of order 2."""
-    feats = torch.rand(1, 2, 3, 4)
-    DerivativeLabelPropagation(max_order=1)(torch.rand(1, 3, 3, 4), feats)
-    assert list(maps_of(feats, make_config({"max_order": 1}), 0)) == ["S_0", "S_1", "S"]
-    assert list(maps_of(feats, make_config({"max_order": 0, "scheme": "laplacian"}), 0)) == ["S_0", "S"]
+def test_maps_show_the_orders_that_are_used():
+    feats = torch.rand(1, 9, 3, 4)
+    assert list(maps_of(feats, Linear(weights=(1.0,)), 0)) == ["S_0", "S"]
+    assert list(maps_of(feats, Linear(weights=(1.0,)), 0, held_down=3)) == ["S_0", "S_3", "S"]
+    assert list(maps_of(feats, Linear(), 0, held_down=1)) == ["S_0", "S_1", "S"]
+    plain, ridge = (maps_of(feats, affinity, 0) for affinity in (Linear(normalize=None), Ridge()))
+    assert all(torch.equal(plain[name], ridge[name]) for name in ("S_0", "S_1", "S"))
 
 
 class Blocks(nn.Module):
@@ -129,7 +135,8 @@ def test_drawn_maps_belong_to_the_pixels_cell(tmp_path, monkeypatch, size, scale
     config, network = make_config({"image_size": size, "affinity": "softmax"}), Blocks()
     row, column = 8 * scale - 1, 25 * scale  # in cell (0, 3); grids that align corners would give another
     path = tmp_path / "maps.png"
-    draw_similarity_maps(path, network, config, image, (row, column), class_names=("dark", "light"), title="a title")
+    objective = Objective(config)
+    draw_similarity_maps(path, network, objective, image, (row, column), class_names=("dark", "light"), title="a title")
     with Image.open(path) as picture:
         assert picture.format == "PNG"
     (figure,) = figures
@@ -155,8 +162,8 @@ def test_the_mark_of_the_centre_and_the_derivative_losss_order(tmp_path, monkeyp
     figures = drawn(monkeypatch)
     image = torch.zeros(3, 16, 24, dtype=torch.uint8)
     for variant in ("full", "supervised"):
-        config = make_config({"variant": variant})
-        draw_similarity_maps(tmp_path / "a.png", Blocks(), config, image, class_names=("dark", "light"))
+        objective = Objective(make_config({"variant": variant}))
+        draw_similarity_maps(tmp_path / "a.png", Blocks(), objective, image, class_names=("dark", "light"))
     held = [[axis.get_title() for axis in figure.axes if "held down" in axis.get_title()] for figure in figures]
     assert [len(titles) for titles in held] == [1, 0]
     assert held[0][0].startswith("$S_2$")

@@ -188,10 +188,12 @@ MOMENTS = [
 
 KILLER = """
 import importlib, json, os, resource, signal, sys
+from matplotlib.figure import Figure
 from examples.derprop_voc import train
 from examples.derprop_voc.__main__ import main
 
 train.LOG_EVERY = 2
+Figure.savefig = lambda self, file, **options: None
 
 def kill_at(place, count):
     module, _, path = place.partition(":")
@@ -248,23 +250,32 @@ def in_processes(jobs):
 
 
 @pytest.fixture(scope="module")
-def killed(scenes, tmp_path_factory):
-    """(setting, function, call) -> folder of a run that ended by SIGKILL there."""
-    folders, jobs = {}, []
+def ended(scenes, runs, tmp_path_factory):
+    """Name of a job, or moment -> (run folder, exit code, output) of a run in a process of its own."""
+    jobs, folders = {}, {}
+
+    def add(name, setting, *flags, folder=None, **job):
+        folder = folders[name] = folder or tmp_path_factory.mktemp("ended")
+        jobs[name] = {"arguments": command(tiny(scenes, folder / "run", **SETTINGS[setting]), folder, *flags), **job}
+
     for moment in MOMENTS:
         setting, *kill = moment.values
-        folder = folders[moment.values] = tmp_path_factory.mktemp("killed")
-        config = tiny(scenes, folder / "run", **SETTINGS[setting])
-        jobs.append({"arguments": command(config, folder), "kill": kill})
-    for code, output in in_processes(jobs):
-        assert code == -signal.SIGKILL, output
-    return {moment: folder / "run" for moment, folder in folders.items()}
+        add(moment.values, setting, kill=kill)
+    add("workers", "eval", "--workers", "2", kill=["examples.derprop_voc.train:Trainer._check_finite", 5])
+    add("other workers", "eval", "--resume", "--workers", "1", folder=folders["workers"])
+    full = tmp_path_factory.mktemp("full")
+    shutil.copytree(runs["eval"][2], full / "run")
+    limit = (full / "run" / "latest.pt").stat().st_size // 2
+    add("full disk", "eval", "--resume", folder=full, limit=limit)
+    answers = in_processes(list(jobs.values()))
+    return {name: (folders[name] / "run", *answer) for name, answer in zip(jobs, answers, strict=True)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("setting", "place", "call"), MOMENTS)
-def test_sigkill_at_any_moment_loses_nothing(setting, place, call, killed, runs, scenes):
-    out = killed[setting, place, call]
+def test_sigkill_at_any_moment_loses_nothing(setting, place, call, ended, runs, scenes):
+    out, code, output = ended[setting, place, call]
+    assert code == -signal.SIGKILL, output
     assert (out / "latest.pt").exists() == (call == 5)
     if place == "os:fsync":
         [half] = out.glob(".*")
@@ -274,17 +285,13 @@ def test_sigkill_at_any_moment_loses_nothing(setting, place, call, killed, runs,
 
 
 @pytest.mark.slow
-def test_sigkill_with_workers_and_a_resume_with_others(runs, scenes, tmp_path):
-    config = tiny(scenes, tmp_path / "run", workers=2, **SETTINGS["eval"])
-    kill = ["examples.derprop_voc.train:Trainer._check_finite", 5]
-    arguments = command(config, tmp_path)
-    (code, output), (again, rest) = in_processes(
-        [{"arguments": arguments, "kill": kill}, {"arguments": [*arguments, "--resume", "--workers", "1"]}]
-    )
+def test_sigkill_with_workers_and_a_resume_with_others(runs, ended):
+    _, code, output = ended["workers"]
     assert code == -signal.SIGKILL, output
-    assert again == DONE, rest
-    assert f"step {EPOCH} of {STEPS}" in rest
-    assert_same_run(tmp_path / "run", runs["eval"][0].out)
+    out, code, output = ended["other workers"]
+    assert code == DONE, output
+    assert f"step {EPOCH} of {STEPS}" in output
+    assert_same_run(out, runs["eval"][0].out)
 
 
 def test_a_finished_run_is_only_evaluated_again(runs, tmp_path, scenes, monkeypatch):
@@ -376,6 +383,20 @@ def test_an_option_that_matters_must_not_change(name, value, stopped, scenes, tm
     assert one_line(capsys) == found
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda options: options.pop("max_order"), "max_order: {} was made with None, this run has 1"),
+        (lambda options: options.update(old=[2]), "old: {} was made with [2], this run has None"),
+    ],
+)
+def test_a_checkpoint_of_other_options_than_there_are_is_refused(change, message, stopped, scenes, tmp_path, capsys):
+    path = stopped / "latest.pt"
+    _edit(lambda values: change(values["config"]))(path)
+    assert main(command(tiny(scenes, stopped), tmp_path, "--resume")) == BAD_INPUT
+    assert one_line(capsys) == f"error: {message.format(path)}\n"
+
+
 def test_other_class_names_are_refused(stopped, scenes):
     config = tiny(scenes, stopped)
     data = load_data(config)
@@ -434,7 +455,7 @@ DAMAGE = {
         lambda path: torch.save({"state_dict": {}, "lr": 1.0}, path),
         "found no key 'format' (but state_dict, lr)",
     ),
-    "format": (_edit(lambda values: values.update(format="other 2")), "key 'format': expected 'derprop_voc 1', found"),
+    "format": (_edit(lambda values: values.update(format="other 2")), "key 'format': expected 'derprop_voc 2', found"),
     "missing": (_edit(lambda values: values.pop("threshold")), "found no key 'threshold'"),
     "type": (_edit(lambda values: values.update(config=3)), "key 'config': expected dict, found int"),
     "network-missing": (
@@ -480,12 +501,8 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line_that_says_which_key(name, s
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_checkpoint(runs, scenes, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(runs["eval"][2], out)
-    before = (out / "latest.pt").read_bytes()
-    arguments = command(tiny(scenes, out), tmp_path, "--resume")
-    [(code, output)] = in_processes([{"arguments": arguments, "limit": len(before) // 2}])
+def test_a_full_disk_leaves_the_checkpoint(runs, ended, scenes):
+    out, code, output = ended["full disk"]
     assert code == BAD_INPUT, output
     errors = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, output
@@ -493,13 +510,13 @@ def test_a_full_disk_leaves_the_checkpoint(runs, scenes, tmp_path):
         output
     )
     assert "Traceback" not in output
-    assert (out / "latest.pt").read_bytes() == before
+    assert (out / "latest.pt").read_bytes() == (runs["eval"][2] / "latest.pt").read_bytes()
     assert not list(out.glob(".*"))
     run(tiny(scenes, out), resume=True, progress=False)
     assert_same_run(out, runs["eval"][0].out)
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "panel.png", "results.json"])
+@pytest.mark.parametrize("name", ["config.yaml", "panel.png"])
 def test_no_space_for_another_file_is_one_line(name, stopped, scenes, tmp_path, monkeypatch, capsys):
     replace_file = Path.replace
 
@@ -607,10 +624,10 @@ def scaled(monkeypatch, **options):
 @pytest.mark.slow
 def test_the_gradient_scaler_is_saved_and_restored(scenes, tmp_path, monkeypatch):
     scaled(monkeypatch, init_scale=64.0, growth_interval=4)
-    whole, halves = (tiny(scenes, tmp_path / name, steps=5) for name in ("whole", "halves"))
+    whole, halves = (tiny(scenes, tmp_path / name, steps=4) for name in ("whole", "halves"))
     run(whole, progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 5)
+        stop_at(patch, 4)
         with pytest.raises(Stopped):
             run(halves, progress=False)
     scaler = read(halves.out)["precision"]

@@ -1,8 +1,7 @@
 """The training example: options, data checks, augmentation, and tiny runs of every variant."""
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +10,12 @@ import yaml
 from PIL import Image
 from torchvision import tv_tensors
 
+from dlprop.affinity import Discriminant, Linear, Ridge, Softmax
+from examples.derprop_voc import demo
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.augment import Augment, RandomRescale, cutmix, cutmix_boxes
-from examples.derprop_voc.config import Config, ConfigError, make_config
+from examples.derprop_voc.choice import load_finished
+from examples.derprop_voc.config import CLASSIFIERS, Config, ConfigError, make_config
 from examples.derprop_voc.data import (
     DataError,
     SeededBatches,
@@ -25,10 +27,9 @@ from examples.derprop_voc.data import (
 from examples.derprop_voc.demo import CONFIGS, RUNS, demo_configs
 from examples.derprop_voc.evaluate import make_metric, summarise
 from examples.derprop_voc.files import write_bytes, write_json
-from examples.derprop_voc.losses import AdaptiveThreshold, Objective
+from examples.derprop_voc.losses import AFFINITIES, AdaptiveThreshold, Objective, make_propagation
 from examples.derprop_voc.model import Output, SegmentationNetwork
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
-from examples.derprop_voc.state import load_networks
 from examples.derprop_voc.train import DivergedError, run
 from tests.example.options import TINY
 
@@ -91,10 +92,37 @@ def tiny(scenes, out, **options):
         ({"image_size": [180]}, r"image_size: expected a height and a width, got \[180\]"),
         ({"image_size": 180}, r"image_size: expected a list, got 180"),
         ({"rescale": [2, 1]}, r"rescale: expected two positive numbers in rising order"),
-        ({"order_weights": [1.0]}, r"order_weights: expected max_order \+ 1 = 2 numbers, got 1"),
+        ({"order_weights": []}, r"order_weights: expected a finite number for each order, got \[\]"),
+        (
+            {"order_weights": [1, float("inf")]},
+            r"order_weights: expected a finite number for each order, got \[1\.0, inf",
+        ),
+        (
+            {"feature_channels": 4, "scheme": "sum", "max_order": 3},
+            r"feature_channels: expected more than 4 .* order 4",
+        ),
+        (
+            {"feature_channels": 4, "scheme": "laplacian", "variant": "supervised", "order_weights": [1, 1, 1]},
+            r"feature_channels: expected more than 4 for differences of order 2 with scheme laplacian, got 4",
+        ),
         ({"threshold": 1.1}, r"threshold: expected at most 1, got 1\.1"),
         ({"num_classes": 3, "class_names": ["a", "b"]}, r"class_names: expected num_classes = 3, got 2"),
-        ({"affinity": "softmax", "scale": "mean"}, r"scale: 'mean' applies to the linear affinity only"),
+        (
+            {"affinity": "softmax", "scale": "mean"},
+            r"scale: 'mean' applies to linear only, not to softmax; leave it at",
+        ),
+        ({"affinity": "ridge", "similarity": "cosine"}, r"similarity: 'cosine' applies to linear and softmax only"),
+        ({"affinity": "discriminant", "balance": 1}, r"balance: 1\.0 applies to ridge only, not to discriminant"),
+        (
+            {"shrinkage": 0.1},
+            r"shrinkage: 0\.1 applies to ridge and discriminant only, not to linear; leave it at 0\.0",
+        ),
+        ({"affinity": "softmax", "across": "batch"}, r"across: 'batch' applies to ridge and discriminant only"),
+        ({"affinity": "ridge", "balance": 2}, r"balance: expected at most 1, got 2"),
+        (
+            {"affinity": "ridge", "order_weights": [0, 1]},
+            r"order_weights: expected the first above 0 and none below for ridge, got \[0\.0, 1\.0\]",
+        ),
     ],
 )
 def test_config_errors(options, message):
@@ -382,16 +410,75 @@ def test_terms_of_each_variant_and_their_weights(options, names):
     torch.testing.assert_close(objective.total(terms), expected)
 
 
-def test_ramp_blends_from_the_prediction_to_the_propagation():
-    objective, _, _, weak, _, valid = make_halves(make_config({}))
-    prediction = weak.logits.softmax(1)
-    propagated = objective.propagate(weak.logits, weak.feats, mask=valid).softmax(1)
+def test_options_make_the_affinity_and_the_loss():
+    shared = {"scheme": "central", "order_weights": [3, 2, 1], "similarity": "cosine", "max_order": 3}
+    objective = Objective(make_config(shared | {"normalize": "none", "scale": "mean", "resolution": "logits"}))
+    orders = {"weights": (3.0, 2.0, 1.0), "scheme": "central", "similarity": "cosine"}
+    assert objective.propagate.affinity == Linear(**orders, normalize=None, scale="mean")
+    assert objective.propagate.resolution == "logits"
+    softmax = Objective(make_config(shared | {"affinity": "softmax", "normalize": "l2"}))
+    assert softmax.propagate.affinity == Softmax(**orders, normalize="l2")
+    estimated = {
+        "scheme": "central",
+        "order_weights": [3, 2, 1],
+        "normalize": "l2",
+        "shrinkage": 0.5,
+        "across": "batch",
+    }
+    orders = {"weights": (3.0, 2.0, 1.0), "scheme": "central", "normalize": "l2", "shrinkage": 0.5, "across": "batch"}
+    ridge = make_propagation(make_config(estimated | {"affinity": "ridge", "balance": 1}))
+    assert ridge.affinity == Ridge(**orders, balance=1.0)
+    assert make_propagation(make_config(estimated | {"affinity": "discriminant"})).affinity == Discriminant(**orders)
+    loss = Objective(make_config(shared | {"loss_normalize": "none", "num_anchors": 7, "eta": 2})).derivative_loss
+    assert (loss.max_order, loss.scheme, loss.normalize, loss.num_anchors, loss.eta) == (3, "central", None, 7, 2.0)
+    assert (loss.ignore_index, objective.derivative_loss.num_anchors) == (255, None)
+
+
+@pytest.mark.parametrize(("name", "affinity"), AFFINITIES.items())
+def test_an_affinity_alone_has_the_defaults_of_the_library(name, affinity):
+    assert make_propagation(make_config({"affinity": name})).affinity == affinity()
+
+
+@pytest.mark.parametrize("affinity", AFFINITIES)
+def test_ramp_blends_from_the_prediction_to_the_propagation(affinity):
+    objective, _, _, weak, _, valid = make_halves(make_config({"affinity": affinity}))
+    if affinity in CLASSIFIERS:
+        prediction = weak.logits.softmax(1)
+        propagated = objective.propagate(weak.logits, weak.feats, mask=valid).softmax(1)
+    else:
+        prediction = torch.where(valid[:, None], weak.logits.softmax(1), 0.25)  # padding says nothing
+        propagated = objective.propagate(weak.logits * valid[:, None], weak.feats).softmax(1)
     torch.testing.assert_close(objective.pseudo_labels(weak, valid, ramp=0.0), prediction)
     torch.testing.assert_close(objective.pseudo_labels(weak, valid, ramp=1.0), propagated)
-    half = Objective(make_config({"ramp_end": 0.5}))
+    half = Objective(make_config({"affinity": affinity, "ramp_end": 0.5}))
     torch.testing.assert_close(half.pseudo_labels(weak, valid, ramp=1.0), (prediction + propagated) / 2)
-    plain = Objective(make_config({"rectify": False}))
-    torch.testing.assert_close(plain.pseudo_labels(weak, valid, ramp=1.0), prediction)
+    plain = Objective(make_config({"affinity": affinity, "rectify": False}))
+    torch.testing.assert_close(plain.pseudo_labels(weak, valid, ramp=1.0), weak.logits.softmax(1))
+
+
+@pytest.mark.parametrize("affinity", AFFINITIES)
+def test_padding_carries_nothing(affinity):
+    objective, labeled, _, weak, target, valid = make_halves(make_config({"affinity": affinity}))
+    loud, loud_labeled = (
+        output._replace(logits=torch.where(valid[:, None], output.logits, 1e3)) for output in (weak, labeled)
+    )
+    expected, found = (objective.pseudo_labels(output, valid, ramp=1.0) for output in (weak, loud))
+    assert torch.equal(found, expected)
+    expected, found = (
+        objective.labeled(output, target, valid)["ce_l_propagated"] for output in (labeled, loud_labeled)
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("affinity", AFFINITIES)
+def test_a_whole_image_is_propagated_as_in_evaluation(affinity):
+    objective, labeled, _, _, target, valid = make_halves(make_config({"affinity": affinity}))
+    logits, feats = labeled.logits, labeled.feats
+    if affinity in CLASSIFIERS:  # the mask takes the mean around a point: the same where all pixels are alike
+        logits, feats = logits[:, :, :1, :1].expand(-1, -1, 32, 32), feats[:, :, :1, :1].expand(-1, -1, 4, 4)
+    whole = torch.ones_like(valid)
+    term = objective.labeled(Output(logits, feats), target, whole)["ce_l_propagated"]
+    torch.testing.assert_close(term, torch.nn.functional.cross_entropy(objective.propagate(logits, feats), target))
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -448,7 +535,15 @@ def test_network_shapes_and_unknown_backbone():
         SegmentationNetwork(make_config(TINY | {"timm_stages": [1, 9]}), 6)
 
 
+@pytest.fixture(scope="module")
+def full(scenes, tmp_path_factory):
+    """Config and results of a run of every part of the method."""
+    config = tiny(scenes, tmp_path_factory.mktemp("full"))
+    return config, run(config, progress=False)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.usefixtures("pictures")
 def test_two_steps_of_every_variant(variant, scenes, tmp_path):
     config = tiny(scenes, tmp_path, variant=variant)
     state = torch.get_rng_state()
@@ -490,33 +585,39 @@ def test_softmax_setting_and_options_run(scenes, tmp_path):
     assert results["history"][-1]["threshold"] == pytest.approx(0.85)
 
 
-def test_scores_of_p_do_not_depend_on_what_only_p_tilde_uses(scenes, tmp_path):
-    results = [
-        run(tiny(scenes, tmp_path / affinity, variant="no_propagation", affinity=affinity), progress=False)
-        for affinity in ("linear", "softmax")
-    ]
-    first, second = (result["last"]["trained"] for result in results)
-    assert first["prediction"] == second["prediction"]
+@pytest.mark.parametrize(
+    "options", [{"affinity": "ridge", "balance": 1}, {"affinity": "discriminant", "across": "batch"}]
+)
+def test_affinities_that_estimate_their_metric_run(options, scenes, tmp_path):
+    results = run(tiny(scenes, tmp_path, measure_pseudo_labels=True, **options), progress=False)
+    trained, measured = results["history"][-2:]
+    assert all(np.isfinite(trained[name]) for name in ("ce_l_propagated", "ce_u_propagated", "loss"))
+    assert set(measured) >= {"labeled_prediction", "labeled_propagated"}
+    assert set(results["last"]["averaged"]) == {"prediction", "propagated", "blend"}
 
 
-def test_same_seed_same_weights(scenes, tmp_path):
-    def weights(name, **options):
-        run(tiny(scenes, tmp_path / name, **options), progress=False)
-        return torch.load(tmp_path / name / "latest.pt", weights_only=True)
+def test_same_seed_same_weights(full, scenes, tmp_path):
+    def weights(config):
+        return torch.load(Path(config.out) / "latest.pt", weights_only=True)
 
-    first, again, other = weights("a"), weights("b"), weights("c", seed=1)
+    configs = [tiny(scenes, tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    for config in configs:
+        run(config, progress=False)
+    first, again, other = map(weights, (full[0], *configs))
     for key in ("network", "averager"):
         assert all(torch.equal(value, again[key][name]) for name, value in first[key].items())
     assert first["history"] == again["history"]
     assert any(not torch.equal(value, other["network"][name]) for name, value in first["network"].items())
 
 
-@pytest.mark.parametrize(("momentum_network", "variant"), [("variant", "full"), ("on", "supervised"), ("off", "full")])
+@pytest.mark.parametrize(("momentum_network", "variant"), [("on", "supervised"), ("off", "full")])
 def test_a_checkpoint_gives_its_networks(momentum_network, variant, scenes, tmp_path):
     config = tiny(scenes, tmp_path, variant=variant, momentum_network=momentum_network)
     run(config, progress=False)
-    networks, saved_config, names = load_networks(tmp_path / "latest.pt")
-    assert (saved_config, names) == (config, CLASS_NAMES)
+    (finished,) = load_finished([tmp_path / "latest.pt"], torch.device("cpu"))
+    networks = finished.networks
+    assert (finished.config, finished.class_names, finished.step) == (config, CLASS_NAMES, 2)
+    assert finished.network("tested") is list(networks.values())[-1]
     assert list(networks) == (["trained"] if momentum_network == "off" else ["trained", "averaged"])
     assert not any(network.training for network in networks.values())
     saved = torch.load(tmp_path / "latest.pt", weights_only=True)
@@ -564,12 +665,13 @@ def test_demo_plans_every_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_from_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "examples.derprop_voc", "demo", "--steps", "2", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("pictures")
+def test_demo_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "SCENES", {"labeled": 4, "unlabeled": 4, "val": 2})
+    assert main(["demo", "--steps", "2", "--threads", "1", "--out", str(tmp_path)]) == 0
+    stdout = capsys.readouterr().out
     for label, _ in RUNS.values():
-        assert label in done.stdout
+        assert label in stdout
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["runs"]) == set(RUNS)
     assert (tmp_path / "comparison.png").is_file()
@@ -578,5 +680,6 @@ def test_demo_from_the_command_line(tmp_path):
 def test_defaults_are_the_papers():
     config = Config()
     assert (config.weight_ce, config.weight_kl, config.weight_der, config.eta) == (0.5, 0.25, 0.5, 0.5)
-    assert (config.affinity, config.scale, config.max_order, config.average_every) == ("linear", "sum", 1, "epoch")
+    assert (config.affinity, config.scale, config.average_every) == ("linear", "sum", "epoch")
+    assert (config.order_weights, config.max_order) == ((1.0, 1.0), 1)
     assert (config.threshold, config.threshold_momentum, config.average_momentum) == (0.85, 0.999, 0.5)

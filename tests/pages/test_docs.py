@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import dlprop
-from dlprop import affinity, theory
+from dlprop import affinity, statistics, theory
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -45,7 +45,7 @@ def test_the_gallery_runs(script, monkeypatch):
 
 def test_every_public_name_has_its_page():
     pages = {path.stem for path in (DOCS / "api").glob("*.md")}
-    assert pages == {*dlprop.__all__, *affinity.__all__, "theory"}
+    assert pages == {*dlprop.__all__, *affinity.__all__, *statistics.__all__, "theory"}
     documented = (DOCS / "api" / "theory.md").read_text()
     assert [name for name in theory.__all__ if name not in documented] == []
 
@@ -55,7 +55,8 @@ def test_the_tests_that_the_theory_page_names_exist():
     named = set(re.findall(r"`(test_\w+)`", page))
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     assert named - set(re.findall(r"^def (test_\w+)", tests, flags=re.MULTILINE)) == set()
-    statements = (ROOT / "tests" / "test_theory_statements.py").read_text(encoding="utf-8")
+    files = (ROOT / "tests" / f"test_{name}.py" for name in ("theory_statements", "closed_form_theory"))
+    statements = "".join(path.read_text(encoding="utf-8") for path in files)
     assert set(re.findall(r"^def (test_\w+)", statements, flags=re.MULTILINE)) - named == set(), "not on the page"
 
 

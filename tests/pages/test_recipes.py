@@ -22,7 +22,7 @@ RECIPES = ROOT / "docs" / "recipes"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 # Third-party imports and ONNX take seconds, the arithmetic takes none.
-QUICK = {"correlation_head", "frames", "semi_supervised"}
+QUICK = {"correlation_head", "frames", "new_camera", "semi_supervised"}
 PAGES = sorted(path.stem for path in RECIPES.glob("*.md") if path.stem != "index")
 MARKED = [pytest.param(page, marks=[] if page in QUICK else pytest.mark.slow) for page in PAGES]
 
@@ -159,6 +159,14 @@ def test_frame_scores_of_one_region_sum_to_its_sources():
     recipe = run("frames")
     totals = recipe["propagate"](recipe["sources"], recipe["feats"], recipe["target_feats"]).sum((2, 3))
     torch.testing.assert_close(totals, recipe["sources"].sum((2, 3)))
+
+
+def test_the_statistics_of_a_new_camera_hold_the_confident_pixels():
+    recipe = run("new_camera")
+    with torch.no_grad():
+        logits = recipe["head"](recipe["backbone"](torch.cat(recipe["folder"])))
+    confident = (logits.softmax(1).amax(1) > 0.2).sum()
+    torch.testing.assert_close(recipe["statistics"].counts.sum(), confident.double(), rtol=1e-6, atol=0)
 
 
 def export_propagation(affinity, resolution="feats"):

@@ -9,8 +9,8 @@ from torch.autograd import Function
 from .._precision import statistics_dtype
 from .products import wants_plain_formula
 
-# Pixels that exist less their mean at a time; few enough for the cache, enough to hide the merging of D x D numbers.
-PIXELS = 4096
+# Pixels that exist less their mean at a time: few enough for the cache, many enough to be a matrix product.
+PIXELS = 2048
 
 
 class Statistics(NamedTuple):
@@ -60,8 +60,8 @@ def or_one(n: Tensor) -> Tensor:
 def moments(weights: Tensor, V: Tensor) -> Statistics:
     """The statistics of every image, for class weights (N, C, M) and features (N, D, M).
 
-    Their entries are float64 where the device has it. A block of pixels is centred at its own mean, so that the scatter
-    is a sum of squares whatever the mean is, and where all features are one it is next to nothing.
+    Their entries are float64 where the device has it, and blocks of pixels are added up in it. The features are centred
+    before they are squared, so that a large mean does not cancel and of equal features next to nothing is left.
     """
     if wants_plain_formula(weights, V):
         return _plain(weights, V)
@@ -79,8 +79,8 @@ def centred(weights: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mean(w: Tensor, V: Tensor) -> Tensor:
-    """(N, D, 1)."""
-    return (V @ w.mT) / or_one(w.sum(dim=2, keepdim=True))
+    """(N, D, 1); a sum, which halves its terms, and no product, whose rounding grows with the number of pixels."""
+    return (w * V).sum(dim=2, keepdim=True) / or_one(w.sum(dim=2, keepdim=True))
 
 
 def _plain(weights: Tensor, V: Tensor) -> Statistics:
@@ -94,11 +94,21 @@ class _Moments(Function):
 
     @staticmethod
     def forward(weights: Tensor, V: Tensor) -> Statistics:
-        first, *rest = zip(weights.split(PIXELS, dim=2), V.split(PIXELS, dim=2), strict=True)
-        statistics = _plain(*first)
-        for block in rest:
-            statistics = statistics.merged(_plain(*block))
-        return statistics
+        blocks = list(zip(weights.split(PIXELS, dim=2), V.split(PIXELS, dim=2), strict=True))
+        counts = weights.sum(dim=2, dtype=statistics_dtype(V))
+        n = or_one(counts.sum(dim=1))[:, None, None]
+        mean = (sum(v @ w.sum(dim=1)[:, :, None].to(v.dtype) for w, v in blocks) / n).to(V.dtype)
+        sums, second = counts.new_zeros(*weights.shape[:2], V.shape[1]), counts.new_zeros(V.shape[0], *2 * V.shape[1:2])
+        memory = V.new_empty(2, *V.shape[:2], min(PIXELS, V.shape[2]))  # fresh memory would cost as much as filling it
+        for w, v in blocks:
+            E, weighted = memory[..., : v.shape[2]]
+            torch.sub(v, mean, out=E)
+            torch.mul(E, w.sum(dim=1, keepdim=True), out=weighted)
+            sums += w @ E.mT
+            second += weighted @ E.mT
+        gap = sums.sum(dim=1, keepdim=True) / n  # what rounding left of the mean
+        second -= n * gap.mT * gap
+        return Statistics(counts, sums + counts[:, :, None] * mean.mT, second)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Statistics) -> None:
@@ -111,18 +121,19 @@ class _Moments(Function):
         if torch.is_grad_enabled():  # to be differentiated again, through the mean too
             mean = _mean(weights.sum(dim=1, keepdim=True), V)
         # The scatter does not change with the mean it is taken around.
-        of_count = (grad_counts[:, :, None] + grad_sums @ mean.to(grad_sums.dtype)).to(V.dtype)
-        first, second, mean = (x.to(V.dtype) for x in (grad_sums, grad_second + grad_second.mT, mean))
+        of_counts = (grad_counts[:, :, None] + grad_sums @ mean.to(grad_sums.dtype)).to(V.dtype)
+        factors, mean = torch.cat((grad_sums, grad_second + grad_second.mT), dim=1).to(V.dtype), mean.to(V.dtype)
+        C = weights.shape[1]
 
         def of_block(weights: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
             E = V - mean
-            pulled = second @ E
-            grad_weights = of_count + first @ E + (E * pulled).sum(dim=1, keepdim=True) / 2
-            return grad_weights, first.mT @ weights + weights.sum(dim=1, keepdim=True) * pulled
+            products = factors @ E
+            grad_weights = of_counts + products[:, :C] + (E * products[:, C:]).sum(dim=1, keepdim=True) / 2
+            return grad_weights, factors[:, :C].mT @ weights + weights.sum(dim=1, keepdim=True) * products[:, C:]
 
         if torch.is_grad_enabled():
             return of_block(weights, V)
-        grads = weights.new_empty(weights.shape), V.new_empty(V.shape)
+        grads = factors.new_empty(weights.shape), factors.new_empty(V.shape)
         for *inputs, grad_weights, grad_V in zip(*(x.split(PIXELS, dim=2) for x in (weights, V, *grads)), strict=True):
             for grad, value in zip((grad_weights, grad_V), of_block(*inputs), strict=True):
                 grad.copy_(value)

@@ -1,0 +1,96 @@
+"""Discriminant propagation: classes told apart by their means in this very image."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._kernels.moments import Statistics, or_one
+from ..features import Pixels
+from ..statistics import ClassStatistics
+from ._classifier import Classifier
+
+__all__ = ["Discriminant"]
+
+# Added to the share of a class before its logarithm is taken.
+SMALLEST_PRIOR = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discriminant(Classifier):
+    r"""Linear discriminant analysis with the prediction as soft labels: one step of EM, in time linear in the pixels.
+
+    The prediction `P = softmax(L)` says how much of every pixel belongs to a class. With `n_c = \sum_i P_ci`,
+    `n = \sum_c n_c`, the mean `\mu` and the covariance `\Sigma` of all pixels,
+
+    - class means `m_c = \sum_i P_ci (v_i - \mu) / (n_c + 1)`, so a class of few pixels stays near the mean,
+    - `\Sigma_s = \Sigma + shrinkage tr(\Sigma) / D T`, with `T = K^{-1}`, `K` the derivative metric of `weights` and
+      `scheme`, scaled to a mean diagonal of 1,
+    - `L'_cj = m_c^T \Sigma_s^{-1} (v_j - \mu) - m_c^T \Sigma_s^{-1} m_c / 2 + log(n_c / n + 10^{-4})`, log-softmax.
+
+    It helps in dense scenes whose small classes collapse, and under a shift of light or place; it harms images that are
+    mostly background.
+
+    Args:
+        weights: the weights of the orders in `K`, above 0 for order 0 and at least 0 for the others.
+        scheme: "forward", "central", "sum" or "laplacian", see `finite_difference`.
+        normalize: "l1", "l2", "softmax" (all over channels) or None.
+        shrinkage: how far the covariance is moved towards `T`, `>= 0`. With 0 invertible linear maps of the features
+            change nothing, but fewer pixels than channels are an error.
+        across: whose statistics an image is judged by: its own ("image") or those of the whole "batch".
+        statistics: a `dlprop.statistics.ClassStatistics` whose sums are added to either; None adds nothing.
+
+    Raises:
+        TypeError, ValueError: options of the wrong type or out of range; in use, `Q * step >= D`, statistics of other
+            classes or channels, or a singular covariance (seen on CPUs in eager mode; elsewhere the result is NaN).
+
+    Cost:
+        Time O(N M D (C + D) + N D^3), memory O(N (C D + D^2)) beyond the output, and a copy of the features if they are
+        normalised. At full resolution the same, on the grid of the features.
+
+    Example:
+        >>> from dlprop import DerivativeLabelPropagation
+        >>> feats = torch.tensor([[[-1.0, -1.0, 1.0, 1.0]]])  # N=1, D=1, M=4: two pairs of pixels
+        >>> logits = torch.tensor([[[9.0, 9.0, -9.0, 9.0], [-9.0, -9.0, 9.0, -9.0]]])  # one pixel strays
+        >>> propagate = DerivativeLabelPropagation(Discriminant(shrinkage=0.0, weights=(1.0,)))
+        >>> propagate(logits, feats).softmax(dim=1)  # n = 3, 1; m = -1/4, 1/2
+        tensor([[[0.8746, 0.8746, 0.6088, 0.6088],
+                 [0.1254, 0.1254, 0.3912, 0.3912]]])
+
+    Reference:
+        Fisher, The use of multiple measurements in taxonomic problems, 1936; DerProp, Eq. 4, is the product with `K` in
+        the place of `\Sigma_s^{-1}`, class sums for means, and neither bias nor prior.
+    """
+
+    shrinkage: float = 0.1
+    statistics: ClassStatistics | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.statistics is not None and not isinstance(self.statistics, ClassStatistics):
+            raise TypeError(f"statistics must be a ClassStatistics or None, got {type(self.statistics).__name__}")
+
+    def propagate(self, sources: Pixels, targets: Pixels) -> Tensor:
+        """Log-probabilities of the targets; see `dlprop.affinity.Affinity`."""
+        sources, targets = self.prepared(sources, targets)
+        counts, sums, _ = statistics = self._with_stored(
+            self.statistics_of(sources, sources.counted(sources.logits.softmax(dim=1)))
+        )
+        n, mean = statistics.total, statistics.mean[:, None]
+        means = (sums - counts[:, :, None] * mean) / (counts[:, :, None] + 1)
+        A = self.over_covariance(statistics, means, targets.feats.dtype)
+        prior = torch.log(counts / or_one(n)[:, None] + SMALLEST_PRIOR)
+        bias = prior - (A * (mean + means / 2)).sum(dim=2)
+        scores = A.to(targets.feats.dtype) @ targets.feats + bias[:, :, None].to(targets.feats.dtype)
+        return targets.upsample(scores).log_softmax(dim=1)
+
+    def _with_stored(self, own: Statistics) -> Statistics:
+        if self.statistics is None:
+            return own
+        stored = self.statistics.statistics
+        if stored.sums.shape != own.sums.shape[1:]:
+            raise ValueError(
+                f"statistics must have the classes and channels of logits and feats, {tuple(own.sums.shape[1:])}, "
+                f"got {tuple(stored.sums.shape)}"
+            )
+        return own.merged(Statistics(*(x.to(own.sums) for x in stored)))

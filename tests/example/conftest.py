@@ -1,0 +1,20 @@
+"""What all tests of the example share."""
+
+import pytest
+from matplotlib.figure import Figure
+
+SAVE_FIGURE = Figure.savefig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures():
+    """Rendering takes two thirds of a tiny run, so files of pictures are empty unless a test asks for `pictures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, file, **options: None)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Render pictures as a run does."""
+    monkeypatch.setattr(Figure, "savefig", SAVE_FIGURE)
