@@ -32,7 +32,7 @@ STYLE = {
     "svg.hashsalt": "dlprop",  # the same results give the same file
     "figure.constrained_layout.use": True,
 }
-MARKERS = {"growth_propagation": "o", "growth_loss": "s", "growth_softmax": "^"}
+MARKERS = {"growth_propagation": "o", "growth_discriminant": "D", "growth_loss": "s", "growth_softmax": "^"}
 TITLES = {"time": "seconds", "memory": "MiB beyond the inputs"}
 
 

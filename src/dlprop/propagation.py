@@ -42,8 +42,8 @@ def derivative_label_propagation(
     `L' = L softmax(S)` of `Softmax`, the released code; or the log-probabilities of a classifier estimated from the
     sources, `Ridge` and `Discriminant`. No matrix of all pairs of pixels is formed.
 
-    The default is the paper's Eq. 4, which over-smooths a prediction that was not trained with it. `Ridge` is the safe
-    choice; `Discriminant` helps dense scenes whose small classes collapse.
+    The default is the paper's Eq. 4, which over-smooths a prediction that was not trained with it. `Ridge` changes it
+    least; `Discriminant` helps dense scenes whose small classes collapse, and harms images that are mostly background.
 
     Args:
         logits: class logits `L`, floating, `(N, C, H, W)` or `(N, C, M)`, the sources. Probabilities work as well.
