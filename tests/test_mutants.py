@@ -190,11 +190,12 @@ LOSS = {
     "pixels for pairs": ("count.square().clamp_min(1)", "count.clamp_min(1)", PAIRS),
     "all pixels counted": ("valid.sum(dim=1).to(V.dtype)", "(valid.sum(dim=1) * 0 + M).to(V.dtype)", PAIRS),
     "sparsity of another order": (
-        "difference(V, self.max_order + 1, channels",
-        "difference(V, self.max_order, channels",
+        "difference(x, self.max_order + 1, channels",
+        "difference(x, self.max_order, channels",
         PAIRS,
     ),
-    "sparsity with a sign": ("changes.abs().sum(", "changes.sum(", PAIRS),
+    "sparsity with a sign": ("channels, self.scheme).abs().sum(", "channels, self.scheme).sum(", PAIRS),
+    "sparsity of some pixels": ("parts = [V] if in_one", "parts = [V[..., :2]] if not in_one", PAIRS),
     "order 0 missing": ("range(self.max_order, -1, -1)", "range(self.max_order, 0, -1)", PAIRS),
     "differences in reverse order": (
         "a, g = difference(V, q, 2,",

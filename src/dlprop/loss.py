@@ -19,6 +19,9 @@ __all__ = ["DerivativeLoss"]
 Norm = Literal["l1", "frobenius"]
 Reduction = Literal["none", "mean", "sum"]
 
+# Pixels of one step of the sparsity term.
+SPARSITY_PIXELS = 2048
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class DerivativeLoss(nn.Module):
@@ -154,9 +157,9 @@ class DerivativeLoss(nn.Module):
             if self.reduction != "sum":
                 loss = loss / count.square().clamp_min(1)
             if self.eta != 0:
-                changes = difference(V, self.max_order + 1, channels, self.scheme)
-                size = 1 if self.reduction == "sum" else changes.shape[1] * changes.shape[2]
-                loss = loss + self.eta / size * changes.abs().sum(dim=(1, 2))
+                size = M * (V.shape[channels] - (self.max_order + 1) * STEP[self.scheme])
+                share = self.eta if self.reduction == "sum" else self.eta / size
+                loss = loss + share * self._changes(V, channels)
             if self.reduction == "none":
                 return loss
             return loss.sum() / (max(N, 1) if self.reduction == "mean" else 1)
@@ -165,6 +168,13 @@ class DerivativeLoss(nn.Module):
         """Flat normalised features with their channels along axis 1 or, copied once, 2."""
         x = at_least_float32(flatten(x))
         return normalize_features(x if channels == 1 else x.mT.contiguous(), self.normalize, channels)
+
+    def _changes(self, V: Tensor, channels: int) -> Tensor:
+        """`sum |A_{Q+1} V|` of every image, (N,); on CPUs a few pixels at a time, whose temporaries stay in cache."""
+        in_one = V.device.type != "cpu" or torch.compiler.is_compiling()
+        parts = [V] if in_one else V.split(SPARSITY_PIXELS, dim=3 - channels)
+        sums = [difference(x, self.max_order + 1, channels, self.scheme).abs().sum(dim=(1, 2)) for x in parts]
+        return torch.stack(sums).sum(dim=0)
 
     def _classes(self, feats: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Class numbers (N, M) at the points of the features, -1 where they do not count, and where they do."""
