@@ -6,9 +6,9 @@ from matplotlib.figure import Figure
 SAVE_FIGURE = Figure.savefig
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _no_pictures():
-    """Rendering takes two thirds of a tiny run, so files of pictures are empty unless a test asks for `pictures`."""
+    """Rendering takes two thirds of a tiny run, so none is written here unless a test asks for `pictures`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda self, file, **options: None)
         yield
