@@ -52,7 +52,7 @@ def derivative_label_propagation(
             allowed. None means `feats`.
         mask: bool on the logits' grid, `(N, H, W)` or `(N, M)`. False sources give nothing and count nowhere, True
             ones count alike on every grid; the features of either must be finite. A mask without a single True is an
-            error for CPU tensors in eager mode, and gives zeros elsewhere.
+            error for CPU tensors in eager mode; elsewhere it gives zeros, or a classifier's equal probabilities.
         affinity: an object of `dlprop.affinity`, or "linear", "softmax", "ridge" or "discriminant" for one with its
             defaults.
         resolution: for logits on another grid than `feats`. "feats" propagates on the grid of the features and resizes
