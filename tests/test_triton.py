@@ -138,7 +138,7 @@ def test_cpu_tensors_without_the_interpreter():
         lambda: DerivativeLoss(backend="triton")(FEATS, LABELS),
         lambda: DerivativeLoss(backend="triton", num_anchors=2)(FEATS, LABELS),
         lambda: DerivativeLabelPropagation(Softmax(backend="triton"))(FEATS, FEATS),
-        lambda: torch.ops.dlprop.softmax_affinity(FEATS, FEATS, FEATS, None, "triton"),
+        lambda: torch.ops.dlprop.softmax_affinity(FEATS, FEATS, FEATS, None, False, None, "triton"),
         lambda: torch.compile(DerivativeLoss(backend="triton"), fullgraph=True, backend="eager")(FEATS, LABELS),
     ):
         with pytest.raises(ValueError, match=r"backend='triton' .*CUDA tensors.* on cpu .*TRITON_INTERPRET.*'auto'"):

@@ -355,7 +355,7 @@ def test_strides_and_empty_batches(device, form):
     outputs = OPS.pairwise_l1(rows[:0], target[:0], None, None, None, "triton", True)
     assert [tuple(x.shape) for x in outputs] == [(0,), (0, 20, 5), (0,)]
     logits, queries, keys = (x[:0].to(device).requires_grad_() for x in _affinity(F64))
-    out = OPS.softmax_affinity(logits, queries, keys, None, "triton")[0]
+    out = OPS.softmax_affinity(logits, queries, keys, None, False, None, "triton")[0]
     out.sum().backward()
     assert out.shape == (0, 4, 3)
     assert keys.grad.shape == keys.shape
@@ -367,7 +367,7 @@ def test_autocast_does_not_reach_inside(device, form):
     inputs = _affinity(F32)
     with torch.autocast(device.type, dtype=BF16):
         outputs = OPS.pairwise_l1(rows, target, None, None, 16, "triton", True)[:2]
-        out = OPS.softmax_affinity(*(x.to(device) for x in inputs), 16, "triton")[0]
+        out = OPS.softmax_affinity(*(x.to(device) for x in inputs), None, False, 16, "triton")[0]
     _check(outputs, expected_pairs(rows, target), ("loss", "gradient"), F32)
     _check([out], _expected_softmax(*inputs, _probe(inputs[0], inputs[2]))[:1], ["propagation"], F32)
 
@@ -377,7 +377,7 @@ def test_a_result_is_the_same_every_time(device):
     inputs = [x.to(device).requires_grad_() for x in _affinity(F32, N=1, M=20, K=40)]
     runs = []
     for _ in range(2):
-        out = OPS.softmax_affinity(*inputs, 16, "triton")[0]
+        out = OPS.softmax_affinity(*inputs, None, False, 16, "triton")[0]
         pairs = OPS.pairwise_l1(rows, target, None, None, 16, "triton", True)
         runs.append((*pairs, out, *torch.autograd.grad(out.square().sum(), inputs)))
     for first, second in zip(*runs, strict=True):
@@ -401,9 +401,9 @@ def test_opcheck_of_the_pairs(device, form):
 def test_opcheck_of_the_affinity(device):
     inputs = [x.to(device) for x in _affinity(F64)]
     leaves = [x.clone().requires_grad_() for x in inputs]
-    opcheck(OPS.softmax_affinity.default, (*leaves, None, "triton"), test_utils=_ALL_CHECKS)
-    out, lse = OPS.softmax_affinity(*inputs, 16, "triton")
-    arguments = (torch.ones_like(out), *inputs, lse, 16, "triton", False, True)
+    opcheck(OPS.softmax_affinity.default, (*leaves, None, False, None, "triton"), test_utils=_ALL_CHECKS)
+    out, lse = OPS.softmax_affinity(*inputs, None, False, 16, "triton")
+    arguments = (torch.ones_like(out), *inputs, None, lse, False, 16, "triton", False, True, False)
     opcheck(OPS.softmax_affinity_backward.default, arguments, test_utils=_ALL_CHECKS)
 
 
@@ -412,7 +412,7 @@ def test_gradcheck(device):
     loss = OPS.pairwise_l1
     assert gradcheck(lambda x: loss(x, target, None, None, 16, "triton", True)[0], rows.requires_grad_())
     inputs = tuple(x.to(device).requires_grad_() for x in _affinity(F64, N=1, C=2, E=3, M=4, K=3))
-    assert gradcheck(lambda *x: OPS.softmax_affinity(*x, 16, "triton")[0], inputs)
+    assert gradcheck(lambda *x: OPS.softmax_affinity(*x, None, False, 16, "triton")[0], inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,15 @@ def optional_integer(name: str, value: Any, minimum: int) -> int | None:
     return None if value is None else integer(name, value, minimum)
 
 
+def integer_or_integers(name: str, value: Any, minimum: int) -> int | tuple[int, ...]:
+    """Return ``value`` as an int, or as a tuple of at least one, each not below ``minimum``."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return integer(name, value, minimum)
+    if not value:
+        raise ValueError(f"{name} must be an int or hold at least one, got none")
+    return tuple(integer(f"{name}[{i}]", x, minimum) for i, x in enumerate(value))
+
+
 def boolean(name: str, value: Any) -> bool:
     """Return ``value`` if it is a bool."""
     if not isinstance(value, bool):

@@ -1,10 +1,11 @@
 """The custom ops: schema, shapes for the compiler, autograd, vmap, and the choice of the kernel.
 
-`dlprop::pairwise_l1` and `dlprop::softmax_affinity` are opaque to the compiler, so that their loops over tiles neither
-unroll nor specialise on sizes. They take pixels as rows, in float32 or float64, and return the dtype they are given,
-also under autocast. None can be differentiated twice.
+`dlprop::pairwise_l1`, `dlprop::softmax_affinity` and `dlprop::window_affinity` are opaque to the compiler, so that
+their loops over tiles neither unroll nor specialise on sizes. They take float32 or float64 and return what they are
+given, also under autocast. None can be differentiated twice.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.library import define, impl, register_autograd, register_fake, register_vmap
 
 from ._checks import transforms_active
+from ._kernels import window as _window
 from ._precision import exact
 
 Backend = Literal["auto", "tiled", "triton"]
@@ -176,82 +178,156 @@ def pairwise_l1(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# softmax_affinity: `sum_i softmax(q_i . K)_j l_i` of every target j, (N, M', C), and the log-sum-exp of every source,
-# (N, M), kept for backward. logits l (N, M, C), queries q (N, M, E) of the sources, keys (N, M', E) of the targets.
-
-define(
-    "dlprop::softmax_affinity",
-    "(Tensor logits, Tensor queries, Tensor keys, int? chunk, str backend) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-define(
-    "dlprop::softmax_affinity_backward",
-    "(Tensor grad, Tensor logits, Tensor queries, Tensor keys, Tensor lse, int? chunk, str backend,"
-    " bool need_queries, bool need_keys) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+# The softmax affinities: `P_ij = softmax_j(q_i . k_j + b_j)` of queries q (N, M, E) over keys k (N, K, E) with a bias b
+# (N, K) or None, which may be -inf; and the log-sum-exp of every query, kept for backward. Two ops of one form.
+#
+# softmax_affinity: over the targets, logits l (N, M, C) of the queries, `sum_i P_ij l_i` (N, K, C); or, over the
+# sources, logits (N, K, C) of the keys, `sum_j P_ij l_j` (N, M, C).
+# window_affinity: all (N, _, H, W); the keys of a query are those at its pixel moved by each of the offsets, pairs
+# (rows, columns) one after the other, as far as they lie in the image; logits of the keys.
 
 
-@impl("dlprop::softmax_affinity", "default")
-def _softmax_affinity(logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str) -> Any:
-    with exact(logits):
-        pixels = (x.contiguous() for x in (logits, queries, keys))
-        out, lse = _kernels(backend, queries).softmax_affinity(*pixels, chunk)
+def _softmax_affinity(
+    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, over_sources: bool, *options: Any
+) -> tuple[Tensor, Tensor]:
+    chunk, backend = options
+    if backend == "triton":
+        out, lse = _kernels(backend, queries).softmax_affinity(
+            *(x.contiguous() for x in (logits, queries, keys)), chunk
+        )
+    else:
+        # Keys are read once for every chunk of queries, as rows; the queries in whatever order they lie.
+        args = logits.contiguous(), queries, keys.contiguous(), bias, over_sources, chunk
+        out, lse = _kernels(backend, queries).softmax_affinity(*args)
     return out.contiguous(), lse
 
 
-def _softmax_affinity_fake(logits: Tensor, queries: Tensor, keys: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    torch._check(logits.shape[:2] == queries.shape[:2], lambda: f"{logits.shape} and {queries.shape} must agree")
+def _softmax_affinity_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    grad, logits, queries, keys, bias, lse, over_sources, chunk, backend, *need = args
+    grad, logits, queries, keys = (x.contiguous() for x in (grad, logits, queries, keys))
+    kernels = _kernels(backend, queries)
+    if backend == "triton":
+        return *kernels.softmax_affinity_backward(grad, logits, queries, keys, lse, chunk, *need[:2]), None
+    grads: tuple[Tensor | None, ...] = kernels.softmax_affinity_backward(
+        grad, logits, queries, keys, bias, lse, over_sources, chunk, *need
+    )
+    return grads
+
+
+def _softmax_affinity_fake(
+    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, over_sources: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
+    own, other = (keys, queries) if over_sources else (queries, keys)
+    torch._check(logits.shape[:2] == own.shape[:2], lambda: f"logits {logits.shape} and {own.shape} must agree")
     torch._check(keys.shape[::2] == queries.shape[::2], lambda: f"{keys.shape} and {queries.shape} must agree")
-    N, M, C = logits.shape
-    return logits.new_empty(N, keys.shape[1], C), queries.new_empty(N, M)
+    torch._check(bias is None or bias.shape == keys.shape[:2], lambda: f"bias must be of the keys {keys.shape}")
+    return logits.new_empty(*other.shape[:2], logits.shape[2]), queries.new_empty(queries.shape[:2])
 
 
-@impl("dlprop::softmax_affinity_backward", "default")
-def _softmax_affinity_backward(*args: Any) -> tuple[Tensor, ...]:
-    pixels, (chunk, backend, *need) = args[:5], args[5:]
-    with exact(pixels[0]):
-        kernels = _kernels(backend, pixels[0])
-        grads = kernels.softmax_affinity_backward(*(x.contiguous() for x in pixels), chunk, *need)
-    return tuple(pixels[0].new_empty(0) if g is None else g.contiguous() for g in grads)
+def _window_affinity(*args: Any) -> tuple[Tensor, Tensor]:
+    return _window.window_affinity(*args)
 
 
-def _softmax_affinity_backward_fake(grad: Tensor, logits: Tensor, queries: Tensor, keys: Tensor, *rest: Any) -> Any:
-    torch._check(grad.shape[1] == keys.shape[1], lambda: f"{grad.shape} and {keys.shape} must agree")
-    need_queries, need_keys = rest[-2:]
-    shapes = logits.shape, queries.shape if need_queries else (0,), keys.shape if need_keys else (0,)
-    return tuple(logits.new_empty(shape) for shape in shapes)
+def _window_affinity_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    return _window.window_affinity_backward(*args)
 
 
-def _softmax_affinity_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    logits, queries, keys, ctx.chunk, ctx.backend = inputs
-    ctx.save_for_backward(logits, queries, keys, output[1])
+def _window_affinity_fake(
+    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, offsets: list[int]
+) -> tuple[Tensor, Tensor]:
+    torch._check(logits.shape[2:] == queries.shape[2:], lambda: f"{logits.shape} and {queries.shape} must agree")
+    torch._check(keys.shape == queries.shape, lambda: f"keys {keys.shape} and queries {queries.shape} must agree")
+    return logits.new_empty(logits.shape), queries.new_empty(queries.shape[0], 1, *queries.shape[2:])
 
 
-def _softmax_affinity_grad(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 5
-    logits, queries, keys, lse = ctx.saved_tensors
-    _, *need, _, _ = ctx.needs_input_grad
-    op = _SoftmaxAffinityBackward.apply if transforms_active() else torch.ops.dlprop.softmax_affinity_backward
-    grad_logits, *grads = op(grad, logits, queries, keys, lse.detach(), ctx.chunk, ctx.backend, *need)
-    return grad_logits, *(g if needed else None for g, needed in zip(grads, need, strict=True)), None, None
+def _define_affinity(name: str, options: str, forward: Any, backward: Any, fake: Any) -> Any:
+    """Define an affinity's op and that of its gradient; returns the op as an autograd function for `torch.func`."""
+    pixels = "Tensor logits, Tensor queries, Tensor keys, Tensor? bias"
+    needs = "bool need_queries, bool need_keys, bool need_bias"
+    op, gradient = f"dlprop::{name}", f"dlprop::{name}_backward"
+    tag = torch.Tag.pt2_compliant_tag
+    define(op, f"({pixels}, {options}) -> (Tensor, Tensor)", tags=tag)
+    define(
+        gradient,
+        f"(Tensor grad, {pixels}, Tensor lse, {options}, {needs}) -> (Tensor, Tensor, Tensor, Tensor)",
+        tags=tag,
+    )
+
+    def run(*args: Any) -> Any:
+        with exact(args[0]):
+            return forward(*args)
+
+    def run_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        with exact(grad):
+            grads = backward(grad, *args)
+        return tuple(grad.new_empty(0) if g is None else g.contiguous() for g in grads)
+
+    def fake_backward(grad: Tensor, logits: Tensor, queries: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        bias, *_, need_queries, need_keys, need_bias = rest
+        needed = (logits, True), (queries, need_queries), (keys, need_keys), (bias, need_bias)
+        return tuple(grad.new_empty(x.shape if need else 0) for x, need in needed)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        *tensors, ctx.options = *inputs[:4], inputs[4:]
+        ctx.save_for_backward(*tensors, output[1])
+
+    def grad_of(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Any, ...]:
+        unused = (None,) * len(ctx.options)
+        if grad is None:
+            return (None,) * 4 + unused
+        *tensors, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:4]
+        run = backward_function.apply if transforms_active() else getattr(torch.ops.dlprop, f"{name}_backward")
+        grad_logits, *grads = run(grad, *tensors, lse.detach(), *ctx.options, *needs)
+        return grad_logits, *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *unused
+
+    impl(op, "default", run)
+    impl(gradient, "default", run_backward)
+    register_fake(op, fake)
+    register_fake(gradient, fake_backward)
+    register_autograd(op, grad_of, setup_context=setup)
+    register_autograd(gradient, _refuse_second_derivative)
+    for each in (name, f"{name}_backward"):
+        register_vmap(f"dlprop::{each}", _fold_into_batch(each))
+    backward_function = _function(f"{name}_backward", lambda *_: None, _refuse_second_derivative)
+    return _function(name, setup, grad_of)
 
 
-register_fake("dlprop::softmax_affinity", _softmax_affinity_fake)
-register_fake("dlprop::softmax_affinity_backward", _softmax_affinity_backward_fake)
-register_autograd("dlprop::softmax_affinity", _softmax_affinity_grad, setup_context=_softmax_affinity_setup)
-register_autograd("dlprop::softmax_affinity_backward", _refuse_second_derivative)
-register_vmap("dlprop::softmax_affinity", _fold_into_batch("softmax_affinity"))
-register_vmap("dlprop::softmax_affinity_backward", _fold_into_batch("softmax_affinity_backward"))
-_SoftmaxAffinity = _function("softmax_affinity", _softmax_affinity_setup, _softmax_affinity_grad)
-_SoftmaxAffinityBackward = _function("softmax_affinity_backward", lambda *_: None, _refuse_second_derivative)
+_SoftmaxAffinity = _define_affinity(
+    "softmax_affinity",
+    "bool over_sources, int? chunk, str backend",
+    _softmax_affinity,
+    _softmax_affinity_backward,
+    _softmax_affinity_fake,
+)
+_WindowAffinity = _define_affinity(
+    "window_affinity", "int[] offsets", _window_affinity, _window_affinity_backward, _window_affinity_fake
+)
 
 
-def softmax_affinity(logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None, backend: str) -> Tensor:
+def softmax_affinity(
+    logits: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor | None = None,
+    *,
+    over_sources: bool = False,
+    chunk: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """The propagated logits of `dlprop::softmax_affinity`."""
     _refuse_tangents(logits, queries, keys)
     op = _SoftmaxAffinity.apply if transforms_active() else torch.ops.dlprop.softmax_affinity
-    out: Tensor = op(logits, queries, keys, chunk, backend)[0]
+    out: Tensor = op(logits, queries, keys, bias, over_sources, chunk, backend)[0]
+    return out
+
+
+def window_affinity(
+    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, offsets: Sequence[tuple[int, int]]
+) -> Tensor:
+    """The propagated logits of `dlprop::window_affinity`."""
+    _refuse_tangents(logits, queries, keys)
+    op = _WindowAffinity.apply if transforms_active() else torch.ops.dlprop.window_affinity
+    out: Tensor = op(logits, queries, keys, bias, [step for offset in offsets for step in offset])[0]
     return out

@@ -126,6 +126,7 @@ class Pixels:
         logits: `(N, C, M)`. Of a source what it gives, 0 where a mask leaves it out; of a target its own, masked or
             not, and 0 where the targets are other pixels than the sources.
         counts: `(N, 1, M)`, how many sources a source pixel stands for, a share of one perhaps; None is one for each.
+        grid: height and width of the M pixels, None where they are flat.
         points_per_source: below 1 where sources of a finer grid were brought to the points of the features.
         upsampling: between the two grids, None where they are one.
     """
@@ -133,6 +134,7 @@ class Pixels:
     feats: Tensor
     logits: Tensor
     counts: Tensor | None = None
+    grid: Sequence[int] | None = None
     points_per_source: float = 1.0
     upsampling: Upsampling | None = None
 

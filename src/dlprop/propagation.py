@@ -4,6 +4,7 @@ How a source is weighted at a target is the affinity's business, see `dlprop.aff
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,10 +18,11 @@ from .features import Pixels, at_points, flatten, upsampling_between
 __all__ = ["DerivativeLabelPropagation", "derivative_label_propagation"]
 
 Resolution = Literal["feats", "logits"]
-AffinityName = Literal["linear", "softmax", "ridge", "discriminant"]
+AffinityName = Literal["linear", "softmax", "attention", "ridge", "discriminant"]
 AFFINITIES: dict[str, Callable[[], Affinity]] = {
     "linear": Linear,
     "softmax": Softmax,
+    "attention": partial(Softmax, over="sources", normalize=None, similarity="cosine", weights=(10.0, 10.0)),
     "ridge": Ridge,
     "discriminant": Discriminant,
 }
@@ -39,8 +41,9 @@ def derivative_label_propagation(
     r"""Propagate logits `L` from source pixels to target pixels with similar features.
 
     What a target receives is up to the affinity: `L' = L S` of `dlprop.affinity.Linear`, the paper's Eq. 4;
-    `L' = L softmax(S)` of `Softmax`, the released code; or the log-probabilities of a classifier estimated from the
-    sources, `Ridge` and `Discriminant`. No matrix of all pairs of pixels is formed.
+    `L' = L softmax(S)` of `Softmax`, over the targets as in the released code, or over the sources, which is attention;
+    or the log-probabilities of a classifier estimated from the sources, `Ridge` and `Discriminant`. No matrix of all
+    pairs of pixels is formed.
 
     The default is the paper's Eq. 4, which over-smooths a prediction that was not trained with it. `Ridge` changes it
     least; `Discriminant` helps dense scenes whose small classes collapse, and harms images that are mostly background.
@@ -54,7 +57,8 @@ def derivative_label_propagation(
             ones count alike on every grid; the features of either must be finite. A mask without a single True is an
             error for CPU tensors in eager mode; elsewhere it gives zeros, or a classifier's equal probabilities.
         affinity: an object of `dlprop.affinity`, or "linear", "softmax", "ridge" or "discriminant" for one with its
-            defaults.
+            defaults, or "attention" for `Softmax(over="sources", normalize=None, similarity="cosine", weights=(10.0,
+            10.0))`.
         resolution: for logits on another grid than `feats`. "feats" propagates on the grid of the features and resizes
             the result back; without a mask the logits are resized there, with one every source is shared out among the
             points beside it (the adjoint of the upsampling), and a point holds their mean. "logits" propagates with
@@ -100,11 +104,13 @@ def derivative_label_propagation(
     with exact(logits):
         pixels = own.shape[2]
         L, own, counts = at_points(own, mask, upsampling if full is None else None)
-        sources = Pixels(V, L, counts, L.shape[2] / pixels, full)
+        grid = None if logits.ndim == 3 else (feats if full is None else logits).shape[2:]
+        sources = Pixels(V, L, counts, grid, L.shape[2] / pixels, full)
         if target_feats is None:
-            targets = Pixels(V, own, upsampling=full)
+            targets = Pixels(V, own, grid=grid, upsampling=full)
         else:
-            targets = Pixels(other[0], L.new_zeros(*L.shape[:2], 1), upsampling=full if keeps_grid else None)
+            nothing, other_grid = L.new_zeros(*L.shape[:2], 1), grid if keeps_grid else target_feats.shape[2:]
+            targets = Pixels(other[0], nothing, grid=other_grid, upsampling=full if keeps_grid else None)
         out = affinity.propagate(sources, targets)
         if upsampling is not None and full is None and keeps_grid:
             out = upsampling(out)

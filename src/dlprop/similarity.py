@@ -12,7 +12,7 @@ from .features import Normalize, flatten, normalize_features
 
 __all__ = ["derivative_similarity"]
 
-Similarity = Literal["dot", "cosine"]
+Similarity = Literal["dot", "cosine", "gaussian"]
 
 
 def derivative_similarity(
@@ -28,7 +28,7 @@ def derivative_similarity(
     r"""Similarity `S_q(i, j) = (A_q v_i) . (A_q v'_j)` of the order-`q` differences of pixel features.
 
     The features are normalised over their channels first, so that with "l1" the dot product is the paper's similarity.
-    "cosine" divides by `||A_q v_i||_2 ||A_q v'_j||_2`.
+    "cosine" divides by `||A_q v_i||_2 ||A_q v'_j||_2`, and "gaussian" is `exp(-||A_q v_i - A_q v'_j||_2^2 / 2)`.
 
     This is the matrix to look at. `DerivativeLabelPropagation` and `DerivativeLoss` never form it.
 
@@ -38,13 +38,13 @@ def derivative_similarity(
         order: order `q >= 0` of the difference.
         scheme: "forward", "central", "sum" or "laplacian", see `finite_difference`.
         normalize: "l1", "l2", "softmax" (all over channels) or None.
-        similarity: "dot" or "cosine".
+        similarity: "dot", "cosine" or "gaussian".
         query: indices of source pixels (row-major), int64, `(K,)` or `(N, K)`: only these rows are computed. Values
             outside `[0, M)` are an error for CPU tensors in eager mode.
 
     Returns:
-        `(N, M, M')`, or `(N, K, M')` with `query`, in the dtype of `feats`. A zero vector has similarity 0 and
-        receives zero gradient.
+        `(N, M, M')`, or `(N, K, M')` with `query`, in the dtype of `feats`. A zero vector has dot product and cosine
+        0 and receives zero gradient from them.
 
     Raises:
         TypeError: a tensor of the wrong kind or dtype, or an order that is no int.
@@ -83,7 +83,14 @@ def derivative_similarity(
     else:
         rows = columns if target_feats is None else differences(feats)
     dtype = working_dtype(rows, columns)
-    return (rows.mT.to(dtype) @ columns.to(dtype)).to(feats.dtype)
+    rows, columns = rows.mT.to(dtype), columns.mT.to(dtype)
+    if similarity == "gaussian":
+        # Distances do not change with the origin, and squares about the mean cancel least.
+        origin = rows.mean(dim=1, keepdim=True).detach()
+        rows, columns = rows - origin, columns - origin
+        lengths, others = (x.square().sum(dim=2, keepdim=True) for x in (rows, columns))
+        return torch.exp(rows @ columns.mT - (lengths + others.mT) / 2).to(feats.dtype)
+    return (rows @ columns.mT).to(feats.dtype)
 
 
 def _query_pixels(feats: Tensor, query: Tensor) -> Tensor:

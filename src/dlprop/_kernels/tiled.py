@@ -90,29 +90,37 @@ def _tile_limit(like: Tensor) -> int:
     return max(1, int((CPU_TILE_BYTES * torch.get_num_threads() / like.element_size()) ** 0.5))
 
 
-def softmax_affinity(logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-    """`sum_i softmax(q_i . K)_j l_i` of every target j, and the log-sum-exp of every source i.
+def softmax_affinity(
+    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, over_sources: bool, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """`P_ij = softmax_j(q_i . k_j + b_j)`: `sum_i P_ij l_i` of the keys, or `sum_j P_ij l_j` of the queries.
 
-    A chunk is made tile by tile, each exponentiated in cache below the largest entry that its rows have shown so far;
-    what a row learns later about its largest entry and its sum becomes a factor of its logits.
+    Returns it with the log-sum-exp of every query. A chunk of P is made tile by tile, each exponentiated in cache below
+    the largest entry that its rows have shown so far; what a row learns later about its largest entry and its sum
+    becomes a factor of its logits. A query whose keys all have a bias of -inf receives 0.
     """
-    out = logits.new_zeros(len(keys), logits.shape[2], keys.shape[1])  # few channels: pixels along memory
+    targets = queries if over_sources else keys
+    out = logits.new_zeros(len(keys), logits.shape[2], targets.shape[1])  # few channels: pixels along memory
     lse = queries.new_empty(queries.shape[:2])
     for n, i, tiles in _chunks(queries, keys, chunk):
-        top = queries.new_full((i.stop - i.start, 1), -torch.inf)
+        top = queries.new_full((i.stop - i.start, 1), torch.finfo(queries.dtype).min)
         sums, tops = [], []
         for j, P in tiles:
-            torch.mm(queries[n, i], keys[n, j].T, out=P)
+            _similarities(queries, keys, bias, n, i, j, P)
             top = torch.maximum(top, P.amax(dim=1, keepdim=True))
             P.sub_(top).exp_()
             sums.append(P.sum(dim=1, keepdim=True))
             tops.append(top)
         factors = [(earlier - top).exp_() for earlier in tops]
         total = torch.stack([x * factor for x, factor in zip(sums, factors, strict=True)]).sum(dim=0)
+        total.clamp_min_(1)  # the largest entry alone gives 1, if there is one
         lse[n, i] = (top + total.log())[:, 0]
-        carried = logits[n, i] / total
-        for (j, P), factor in zip(tiles, factors, strict=True):
-            out[n, :, j].addmm_((carried * factor).T, P)
+        shares = [(factor / total).T for factor in factors]
+        for (j, P), share in zip(tiles, shares, strict=True):
+            if over_sources:
+                out[n, :, i] += (logits[n, j].T @ P.T) * share
+            else:
+                out[n, :, j].addmm_(logits[n, i].T * share, P)
     return out.mT, lse
 
 
@@ -121,47 +129,69 @@ def softmax_affinity_backward(
     logits: Tensor,
     queries: Tensor,
     keys: Tensor,
+    bias: Tensor | None,
     lse: Tensor,
+    over_sources: bool,
     chunk: int | None,
     need_queries: bool,
     need_keys: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `softmax_affinity`, each chunk of sources recomputed from the log-sum-exp.
+    need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `softmax_affinity`, each chunk of P recomputed from the log-sum-exp.
 
-    The row sum `sum_j P_ij dP_ij` of the softmax's gradient is `l_i . (P grad)_i`, the gradient of the logits.
+    With u of the queries and w of the keys, one of them the logits and the other the gradient, `dP_ij = u_i . w_j`, and
+    the row sum `sum_j P_ij dP_ij` of the softmax's gradient is `u_i . (P w)_i`.
     """
     grad_logits = torch.zeros_like(logits)
     grad_queries = torch.zeros_like(queries) if need_queries else None
     grad_keys = torch.zeros_like(keys) if need_keys else None
+    grad_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
+    of_queries, of_keys = (grad, logits) if over_sources else (logits, grad)
     for n, i, tiles in _chunks(queries, keys, chunk):
+        received = grad_logits.new_zeros(i.stop - i.start, grad.shape[2])
         for j, P in tiles:
-            torch.mm(queries[n, i], keys[n, j].T, out=P)
+            _similarities(queries, keys, bias, n, i, j, P)
             P.sub_(lse[n, i, None]).exp_()
-            grad_logits[n, i].addmm_(P, grad[n, j])
-        if grad_queries is None and grad_keys is None:
+            received.addmm_(P, of_keys[n, j])
+            if over_sources:
+                grad_logits[n, j].addmm_(P.T, grad[n, i])
+        if not over_sources:
+            grad_logits[n, i] = received
+        if grad_queries is None and grad_keys is None and grad_bias is None:
             continue
-        row_sum = (logits[n, i] * grad_logits[n, i]).sum(dim=1, keepdim=True)
+        row_sum = (of_queries[n, i] * received).sum(dim=1, keepdim=True)
         for j, P in tiles:
-            grad_S = P.mul_((logits[n, i] @ grad[n, j].T).sub_(row_sum))
+            grad_S = P.mul_((of_queries[n, i] @ of_keys[n, j].T).sub_(row_sum))
             if grad_queries is not None:
                 grad_queries[n, i].addmm_(grad_S, keys[n, j])
             if grad_keys is not None:
                 grad_keys[n, j].addmm_(grad_S.T, queries[n, i])
-    return grad_logits, grad_queries, grad_keys
+            if grad_bias is not None:
+                grad_bias[n, j] += grad_S.sum(dim=0)
+    return grad_logits, grad_queries, grad_keys, grad_bias
+
+
+def _similarities(queries: Tensor, keys: Tensor, bias: Tensor | None, n: int, i: slice, j: slice, out: Tensor) -> None:
+    torch.mm(queries[n, i], keys[n, j].T, out=out)
+    if bias is not None:
+        out += bias[n, j]
 
 
 def _chunks(
     queries: Tensor, keys: Tensor, chunk: int | None
 ) -> Iterator[tuple[int, slice, list[tuple[slice, Tensor]]]]:
-    """The chunks of sources: image n, sources i, and the tiles of the chunk, targets j with memory for `S_ij`.
+    """The chunks of queries: image n, queries i, and the tiles of the chunk, keys j with memory for `S_ij`.
 
-    By default a chunk has the rows of a tile, fewer where `rows x targets` would not fit in the budget.
+    By default a chunk has the rows of a tile, more where there are few keys, and fewer where `rows x keys` would not
+    fit in the budget.
     """
     N, M, _ = queries.shape
     K = keys.shape[1]
     budget = CPU_CHUNK_BYTES if keys.device.type == "cpu" else DEVICE_CHUNK_BYTES
     if chunk is None:
-        chunk = max(1, min(_tile_limit(keys), budget // max(1, K * keys.element_size())))
+        limit = _tile_limit(keys)
+        rows = limit * limit // max(1, min(limit, K))
+        chunk = max(1, min(rows, budget // max(1, K * keys.element_size())))
         chunk = math.ceil(M / math.ceil(M / chunk)) if M else chunk
     columns = _blocks(K, None, keys)
     memory = queries.new_empty(min(chunk, M) * K)

@@ -42,12 +42,6 @@ class Orders:
             return V, V
         return V, targets.upsample(normalize_features(targets.feats, self.normalize))
 
-    def unit_differences(self, sources: Pixels, targets: Pixels) -> tuple[list[Tensor], list[Tensor]]:
-        """The differences of every order with unit length, of the sources and of the targets: the cosine, Eq. 15-16."""
-
-        def unit(x: Tensor) -> list[Tensor]:
-            return [normalize_features(difference(x, q, 1, self.scheme), "l2") for q in range(len(self.weights))]
-
-        V, W = self.normalized(sources, targets)
-        rows = unit(V)
-        return rows, rows if W is V else unit(W)
+    def unit_differences(self, V: Tensor) -> list[Tensor]:
+        """The differences of every order with unit length, whose products are the cosine, Eq. 15-16."""
+        return [normalize_features(difference(V, q, 1, self.scheme), "l2") for q in range(len(self.weights))]

@@ -9,11 +9,11 @@ from torch import Tensor
 from .. import _checks
 from .._kernels.products import low_rank
 from ..features import Pixels, inverse_norm
-from ..similarity import Similarity
 from ._orders import Orders
 
 __all__ = ["Linear"]
 
+Similarity = Literal["dot", "cosine"]
 Scale = Literal["sum", "mean", "degree"]
 
 # A degree that is not above this share of the mean absolute degree of its image is rounding or cancellation.
@@ -90,7 +90,9 @@ class Linear(Orders):
 
     def _cosine(self, L: Tensor, sources: Pixels, targets: Pixels) -> Tensor:
         """`sum_q w_q (L Z_q^T) Z'_q` with the unit differences `Z_q`."""
-        rows, columns = self.unit_differences(sources, targets)
+        V, W = self.normalized(sources, targets)
+        rows = self.unit_differences(V)
+        columns = rows if W is V else self.unit_differences(W)
         terms = [w * ((L @ Z.mT) @ Z_target) for w, Z, Z_target in zip(self.weights, rows, columns, strict=True)]
         return torch.stack(terms).sum(dim=0)
 

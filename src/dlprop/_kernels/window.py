@@ -1,0 +1,119 @@
+"""The softmax affinity over the sources in a window around each target, offset by offset, on any device.
+
+A band of rows is worked on at a time: its similarities to every offset exist together, those of the image never do.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Bytes that the similarities of a band, its logits or its features may take: on CPUs what stays in cache.
+CPU_BAND_BYTES, DEVICE_BAND_BYTES = 512 << 10, 256 << 20
+
+
+class Neighbours(NamedTuple):
+    """The pixels of a band whose source at one offset lies in the image, and these sources."""
+
+    inside: tuple[slice, slice]  # of the band
+    queries: tuple[slice, slice, slice]  # of the image
+    keys: tuple[slice, slice, slice]
+
+
+def window_affinity(
+    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, offsets: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """`sum_o P_jo l_{j+o}` with `P_jo = softmax_o(q_j . k_{j+o} + b_{j+o})`, and the log-sum-exp of every pixel j.
+
+    A pixel whose sources all have a bias of -inf receives 0.
+    """
+    out = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    lse = queries.new_empty(queries.shape[0], 1, *queries.shape[2:])
+    for n, rows, neighbours in _bands(logits, queries, offsets):
+        S = _similarities(queries[n], keys[n], None if bias is None else bias[n], rows, neighbours)
+        top = S.amax(dim=0).clamp_min(torch.finfo(S.dtype).min)
+        P = S.sub_(top).exp_()
+        total = P.sum(dim=0).clamp_min_(1)  # the largest entry alone gives 1, if there is one
+        lse[n, 0, rows] = top + total.log()
+        P /= total
+        for share, (inside, at, source) in zip(P, neighbours, strict=True):
+            out[n][at].addcmul_(logits[n][source], share[inside])
+    return out, lse
+
+
+def window_affinity_backward(
+    grad: Tensor,
+    logits: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    offsets: Sequence[int],
+    need_queries: bool,
+    need_keys: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `window_affinity`, each band of P recomputed from the log-sum-exp."""
+    contiguous = torch.contiguous_format
+    grad_logits = torch.zeros_like(logits, memory_format=contiguous)
+    grad_queries = torch.zeros_like(queries, memory_format=contiguous) if need_queries else None
+    grad_keys = torch.zeros_like(keys, memory_format=contiguous) if need_keys else None
+    grad_bias = torch.zeros_like(bias, memory_format=contiguous) if need_bias and bias is not None else None
+    for n, rows, neighbours in _bands(logits, queries, offsets):
+        S = _similarities(queries[n], keys[n], None if bias is None else bias[n], rows, neighbours)
+        P = S.sub_(lse[n, :, rows]).exp_()
+        for share, (inside, at, source) in zip(P, neighbours, strict=True):
+            grad_logits[n][source].addcmul_(grad[n][at], share[inside])
+        if grad_queries is None and grad_keys is None and grad_bias is None:
+            continue
+        dP = torch.zeros_like(P)
+        for product, (inside, at, source) in zip(dP, neighbours, strict=True):
+            torch.sum(grad[n][at] * logits[n][source], dim=0, out=product[inside])
+        grad_S = P.mul_(dP - (P * dP).sum(dim=0))
+        for slope, (inside, at, source) in zip(grad_S, neighbours, strict=True):
+            if grad_queries is not None:
+                grad_queries[n][at].addcmul_(keys[n][source], slope[inside])
+            if grad_keys is not None:
+                grad_keys[n][source].addcmul_(queries[n][at], slope[inside])
+            if grad_bias is not None:
+                grad_bias[n][source] += slope[inside]
+    return grad_logits, grad_queries, grad_keys, grad_bias
+
+
+def _similarities(
+    queries: Tensor, keys: Tensor, bias: Tensor | None, rows: slice, neighbours: list[Neighbours]
+) -> Tensor:
+    """`q_j . k_{j+o} + b_{j+o}` of one image's band, (offsets, rows, W); -inf beyond the border."""
+    S = queries.new_full((len(neighbours), rows.stop - rows.start, queries.shape[2]), -torch.inf)
+    for s, (inside, at, source) in zip(S, neighbours, strict=True):
+        part = s[inside]
+        torch.sum(queries[at] * keys[source], dim=0, out=part)
+        if bias is not None:
+            part += bias[source][0]
+    return S
+
+
+def _bands(logits: Tensor, queries: Tensor, offsets: Sequence[int]) -> Iterator[tuple[int, slice, list[Neighbours]]]:
+    """Image n, a band of its rows, and the neighbours of the band at every offset."""
+    N, C, H, W = logits.shape
+    channels = max(C, queries.shape[1], len(offsets) // 2)
+    budget = CPU_BAND_BYTES * torch.get_num_threads() if logits.device.type == "cpu" else DEVICE_BAND_BYTES
+    height = max(1, budget // (channels * W * logits.element_size()))
+    everything = slice(None)
+    for n in range(N):
+        for top in range(0, H, height):
+            bottom = min(top + height, H)
+            neighbours = []
+            for dy, dx in zip(offsets[::2], offsets[1::2], strict=True):
+                # An offset beyond the image leaves empty slices.
+                first, last = max(top, -dy), max(top, -dy, min(bottom, H - dy))
+                left, right = max(0, -dx), max(0, -dx, min(W, W - dx))
+                neighbours.append(
+                    Neighbours(
+                        (slice(first - top, last - top), slice(left, right)),
+                        (everything, slice(first, last), slice(left, right)),
+                        (everything, slice(first + dy, last + dy), slice(left + dx, right + dx)),
+                    )
+                )
+            yield n, slice(top, bottom), neighbours
