@@ -108,8 +108,8 @@ def test_the_kernels_compile(compiled):
     rows, logits = torch.rand(1, 40, 64), torch.rand(1, 40, 16)
     kernels.pairwise_l1(rows, torch.zeros(1, 40, dtype=torch.int32), None, True)
     kernels.pairwise_l1(rows, rows, None, True)
-    _, lse = kernels.softmax_affinity(logits, rows, rows, None)
-    kernels.softmax_affinity_backward(logits, logits, rows, rows, lse, None, True, True)
+    _, lse = kernels.softmax_affinity(logits, rows, rows, None, None)
+    kernels.softmax_affinity_backward(logits, logits, rows, rows, None, lse, None, True, True, False)
     instruction, memory = GPUS[capability]
     assert len(results) == 7
     for result in results:

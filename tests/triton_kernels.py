@@ -102,8 +102,8 @@ def _check_softmax(kernels, device, dtype, chunk, **shape):
     inputs = _affinity(dtype, **shape)
     probe = _probe(inputs[0], inputs[2])
     on_device = [x.to(device) for x in inputs]
-    out, lse = kernels.softmax_affinity(*on_device, chunk)
-    gradients = kernels.softmax_affinity_backward(probe.to(device), *on_device, lse, chunk, True, True)
+    out, lse = kernels.softmax_affinity(*on_device, None, chunk)
+    *gradients, _ = kernels.softmax_affinity_backward(probe.to(device), *on_device, None, lse, chunk, True, True, False)
     _check((out, lse, *gradients), _expected_softmax(*inputs, probe), ["gradient"] * 5, dtype)
 
 
@@ -158,18 +158,18 @@ def test_softmax_affinity_with_the_default_blocks(kernels, device, dtype):
 
 def test_gradients_that_nobody_asked_for(kernels, device):
     logits, queries, keys = (x.to(device) for x in _affinity(F64))
-    out, lse = kernels.softmax_affinity(logits, queries, keys, 16)
-    inputs = torch.ones_like(out), logits, queries, keys, lse, 16
-    every = kernels.softmax_affinity_backward(*inputs, True, True)
+    out, lse = kernels.softmax_affinity(logits, queries, keys, None, 16)
+    inputs = torch.ones_like(out), logits, queries, keys, None, lse, 16
+    *every, _ = kernels.softmax_affinity_backward(*inputs, True, True, False)
     for needed in ((False, False), (True, False), (False, True)):
-        some = kernels.softmax_affinity_backward(*inputs, *needed)
+        *some, _ = kernels.softmax_affinity_backward(*inputs, *needed, False)
         for x, wanted, is_needed in zip(some, every, (True, *needed), strict=True):
             assert torch.equal(x, wanted) if is_needed else x is None
 
 
 def test_softmax_affinity_does_not_overflow(kernels, device):
     inputs = _affinity(F32, scale=100.0)
-    out = kernels.softmax_affinity(*(x.to(device) for x in inputs), 16)[0]
+    out = kernels.softmax_affinity(*(x.to(device) for x in inputs), None, 16)[0]
     expected = _expected_softmax(*inputs, _probe(inputs[0], inputs[2]))[0]
     # Similarities of 10^4 carry a rounding error of 10^-3, and softmax is nearly one-hot.
     assert (out.cpu().double() - expected).abs().max() < 1e-2
@@ -183,8 +183,8 @@ def test_similarities_far_below_zero(kernels, device):
     expected = _expected_softmax(logits, queries, keys, probe)
     assert expected[1].max() < -90
     on_device = [x.to(device) for x in (logits, queries, keys)]
-    out, lse = kernels.softmax_affinity(*on_device, 16)
-    gradients = kernels.softmax_affinity_backward(probe.to(device), *on_device, lse, 16, True, True)
+    out, lse = kernels.softmax_affinity(*on_device, None, 16)
+    *gradients, _ = kernels.softmax_affinity_backward(probe.to(device), *on_device, None, lse, 16, True, True, False)
     _check((out, lse, *gradients), expected, ["propagation", "propagation", *["gradient"] * 3], F32)
 
 
@@ -238,9 +238,9 @@ def _softmax_of_two(kernels, device, similarity, logit):
     """What a source of one ``logit`` gives to two targets whose similarities with it differ by ``similarity``^2."""
     tensors = [[[logit]]], [[[similarity]]], [[[similarity], [0.0]]]
     logits, queries, keys = (torch.tensor(x, dtype=F32, device=device) for x in tensors)
-    out, lse = kernels.softmax_affinity(logits, queries, keys, None)
+    out, lse = kernels.softmax_affinity(logits, queries, keys, None, None)
     probe = torch.ones_like(out) * logit
-    gradients = kernels.softmax_affinity_backward(probe, logits, queries, keys, lse, None, True, True)
+    *gradients, _ = kernels.softmax_affinity_backward(probe, logits, queries, keys, None, lse, None, True, True, False)
     return out[0, 0].item(), gradients[0].item()
 
 
@@ -260,8 +260,8 @@ def test_two_pieces_of_the_softmax_have_sixteen_bits(kernels, device, tf32):
     inputs = _affinity(F32, M=37, K=20)
     probe = _probe(inputs[0], inputs[2])
     on_device = [x.to(device) for x in inputs]
-    out, lse = kernels.softmax_affinity(*on_device, 16)
-    gradients = kernels.softmax_affinity_backward(probe.to(device), *on_device, lse, 16, True, True)
+    out, lse = kernels.softmax_affinity(*on_device, None, 16)
+    *gradients, _ = kernels.softmax_affinity_backward(probe.to(device), *on_device, None, lse, 16, True, True, False)
     for x, y in zip((out, lse, *gradients), _expected_softmax(*inputs, probe), strict=True):
         assert (x.cpu() - y).abs().max() < 2.0**-14 * y.abs().max()
 
@@ -280,7 +280,7 @@ def test_one_image_alone_is_not_finite(kernels, device, value, allowed, tf32):
     assert torch.equal(gradient[1], expected[1][1])
     logits, queries, keys = (x.to(device) for x in _affinity(F32))
     logits[0, 2, 1] = value
-    assert not kernels.softmax_affinity(logits, queries, keys, 16)[0][0, :, 1].isfinite().any()
+    assert not kernels.softmax_affinity(logits, queries, keys, None, 16)[0][0, :, 1].isfinite().any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_more_channels_than_fit(kernels, device):
     with pytest.raises(ValueError, match=r"backend='triton' .* of 8192 channels .* KiB .*backend='auto'"):
         kernels.pairwise_l1(x, torch.zeros(1, 3, dtype=torch.int32, device=device), None, True)
     with pytest.raises(ValueError, match=r"backend='triton' .* of 8192 channels .* KiB .*backend='auto'"):
-        kernels.softmax_affinity(x, x, x, None)
+        kernels.softmax_affinity(x, x, x, None, None)
 
 
 def test_float64_needs_a_newer_triton(kernels, device, monkeypatch):
@@ -301,7 +301,7 @@ def test_float64_needs_a_newer_triton(kernels, device, monkeypatch):
     monkeypatch.setattr(triton_blocks, "VERSION", (3, 4))
     inputs = [x.to(device) for x in _affinity(F64)]
     with pytest.raises(ValueError, match=r"backend='triton' .*float64 from Triton 3\.5 .*backend='auto'"):
-        kernels.softmax_affinity(*inputs, None)
+        kernels.softmax_affinity(*inputs, None, None)
 
 
 def test_blocks_too_large_for_the_compiler_give_way_to_smaller_ones(kernels, monkeypatch):
@@ -403,7 +403,7 @@ def test_opcheck_of_the_affinity(device):
     leaves = [x.clone().requires_grad_() for x in inputs]
     opcheck(OPS.softmax_affinity.default, (*leaves, None, False, None, "triton"), test_utils=_ALL_CHECKS)
     out, lse = OPS.softmax_affinity(*inputs, None, False, 16, "triton")
-    arguments = (torch.ones_like(out), *inputs, None, lse, False, 16, "triton", False, True, False)
+    arguments = (torch.ones_like(out), *inputs, None, out, lse, False, 16, "triton", False, True, False)
     opcheck(OPS.softmax_affinity_backward.default, arguments, test_utils=_ALL_CHECKS)
 
 

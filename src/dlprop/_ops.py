@@ -191,26 +191,24 @@ def _softmax_affinity(
     logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, over_sources: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
     chunk, backend = options
-    if backend == "triton":
-        out, lse = _kernels(backend, queries).softmax_affinity(
-            *(x.contiguous() for x in (logits, queries, keys)), chunk
-        )
+    kernels = _kernels(backend, queries)
+    logits, keys = logits.contiguous(), keys.contiguous()
+    if over_sources:  # keys are rows for all queries; these are read once, in whatever order they lie
+        out, lse = kernels.attention(logits, queries, keys, bias, chunk)
     else:
-        # Keys are read once for every chunk of queries, as rows; the queries in whatever order they lie.
-        args = logits.contiguous(), queries, keys.contiguous(), bias, over_sources, chunk
-        out, lse = _kernels(backend, queries).softmax_affinity(*args)
+        out, lse = kernels.softmax_affinity(logits, queries.contiguous(), keys, bias, chunk)
     return out.contiguous(), lse
 
 
 def _softmax_affinity_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    grad, logits, queries, keys, bias, lse, over_sources, chunk, backend, *need = args
-    grad, logits, queries, keys = (x.contiguous() for x in (grad, logits, queries, keys))
+    grad, logits, queries, keys, bias, out, lse, over_sources, chunk, backend, *need = args
     kernels = _kernels(backend, queries)
-    if backend == "triton":
-        return *kernels.softmax_affinity_backward(grad, logits, queries, keys, lse, chunk, *need[:2]), None
-    grads: tuple[Tensor | None, ...] = kernels.softmax_affinity_backward(
-        grad, logits, queries, keys, bias, lse, over_sources, chunk, *need
-    )
+    pixels = (*(x.contiguous() for x in (grad, logits, queries, keys)), bias)
+    grads: tuple[Tensor | None, ...]
+    if over_sources:
+        grads = kernels.attention_backward(*pixels, out, lse, chunk, *need)
+    else:
+        grads = kernels.softmax_affinity_backward(*pixels, lse, chunk, *need)
     return grads
 
 
@@ -249,7 +247,7 @@ def _define_affinity(name: str, options: str, forward: Any, backward: Any, fake:
     define(op, f"({pixels}, {options}) -> (Tensor, Tensor)", tags=tag)
     define(
         gradient,
-        f"(Tensor grad, {pixels}, Tensor lse, {options}, {needs}) -> (Tensor, Tensor, Tensor, Tensor)",
+        f"(Tensor grad, {pixels}, Tensor out, Tensor lse, {options}, {needs}) -> (Tensor, Tensor, Tensor, Tensor)",
         tags=tag,
     )
 
@@ -270,16 +268,16 @@ def _define_affinity(name: str, options: str, forward: Any, backward: Any, fake:
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)
         *tensors, ctx.options = *inputs[:4], inputs[4:]
-        ctx.save_for_backward(*tensors, output[1])
+        ctx.save_for_backward(*tensors, *output)
 
     def grad_of(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Any, ...]:
         unused = (None,) * len(ctx.options)
         if grad is None:
             return (None,) * 4 + unused
-        *tensors, lse = ctx.saved_tensors
+        *tensors, out, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
         run = backward_function.apply if transforms_active() else getattr(torch.ops.dlprop, f"{name}_backward")
-        grad_logits, *grads = run(grad, *tensors, lse.detach(), *ctx.options, *needs)
+        grad_logits, *grads = run(grad, *tensors, out.detach(), lse.detach(), *ctx.options, *needs)
         return grad_logits, *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *unused
 
     impl(op, "default", run)

@@ -91,36 +91,30 @@ def _tile_limit(like: Tensor) -> int:
 
 
 def softmax_affinity(
-    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, over_sources: bool, chunk: int | None
+    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, chunk: int | None
 ) -> tuple[Tensor, Tensor]:
-    """`P_ij = softmax_j(q_i . k_j + b_j)`: `sum_i P_ij l_i` of the keys, or `sum_j P_ij l_j` of the queries.
+    """`sum_i P_ij l_i` of every key j with `P_ij = softmax_j(q_i . k_j + b_j)`, and the log-sum-exp of every query i.
 
-    Returns it with the log-sum-exp of every query. A chunk of P is made tile by tile, each exponentiated in cache below
-    the largest entry that its rows have shown so far; what a row learns later about its largest entry and its sum
-    becomes a factor of its logits. A query whose keys all have a bias of -inf receives 0.
+    A chunk is made tile by tile, each exponentiated in cache below the largest entry that its rows have shown so far;
+    what a row learns later about its largest entry and its sum becomes a factor of its logits.
     """
-    targets = queries if over_sources else keys
-    out = logits.new_zeros(len(keys), logits.shape[2], targets.shape[1])  # few channels: pixels along memory
+    out = logits.new_zeros(len(keys), logits.shape[2], keys.shape[1])  # few channels: pixels along memory
     lse = queries.new_empty(queries.shape[:2])
     for n, i, tiles in _chunks(queries, keys, chunk):
-        top = queries.new_full((i.stop - i.start, 1), torch.finfo(queries.dtype).min)
+        top = queries.new_full((i.stop - i.start, 1), -torch.inf)
         sums, tops = [], []
         for j, P in tiles:
-            _similarities(queries, keys, bias, n, i, j, P)
+            _similarities(queries[n, i], keys[n, j], None if bias is None else bias[n, j], P)
             top = torch.maximum(top, P.amax(dim=1, keepdim=True))
             P.sub_(top).exp_()
             sums.append(P.sum(dim=1, keepdim=True))
             tops.append(top)
         factors = [(earlier - top).exp_() for earlier in tops]
         total = torch.stack([x * factor for x, factor in zip(sums, factors, strict=True)]).sum(dim=0)
-        total.clamp_min_(1)  # the largest entry alone gives 1, if there is one
         lse[n, i] = (top + total.log())[:, 0]
-        shares = [(factor / total).T for factor in factors]
-        for (j, P), share in zip(tiles, shares, strict=True):
-            if over_sources:
-                out[n, :, i] += (logits[n, j].T @ P.T) * share
-            else:
-                out[n, :, j].addmm_(logits[n, i].T * share, P)
+        carried = logits[n, i] / total
+        for (j, P), factor in zip(tiles, factors, strict=True):
+            out[n, :, j].addmm_((carried * factor).T, P)
     return out.mT, lse
 
 
@@ -131,37 +125,29 @@ def softmax_affinity_backward(
     keys: Tensor,
     bias: Tensor | None,
     lse: Tensor,
-    over_sources: bool,
     chunk: int | None,
     need_queries: bool,
     need_keys: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `softmax_affinity`, each chunk of P recomputed from the log-sum-exp.
+    """Gradients of `softmax_affinity`, each chunk of sources recomputed from the log-sum-exp.
 
-    With u of the queries and w of the keys, one of them the logits and the other the gradient, `dP_ij = u_i . w_j`, and
-    the row sum `sum_j P_ij dP_ij` of the softmax's gradient is `u_i . (P w)_i`.
+    The row sum `sum_j P_ij dP_ij` of the softmax's gradient is `l_i . (P grad)_i`, the gradient of the logits.
     """
     grad_logits = torch.zeros_like(logits)
     grad_queries = torch.zeros_like(queries) if need_queries else None
     grad_keys = torch.zeros_like(keys) if need_keys else None
     grad_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
-    of_queries, of_keys = (grad, logits) if over_sources else (logits, grad)
     for n, i, tiles in _chunks(queries, keys, chunk):
-        received = grad_logits.new_zeros(i.stop - i.start, grad.shape[2])
         for j, P in tiles:
-            _similarities(queries, keys, bias, n, i, j, P)
+            _similarities(queries[n, i], keys[n, j], None if bias is None else bias[n, j], P)
             P.sub_(lse[n, i, None]).exp_()
-            received.addmm_(P, of_keys[n, j])
-            if over_sources:
-                grad_logits[n, j].addmm_(P.T, grad[n, i])
-        if not over_sources:
-            grad_logits[n, i] = received
+            grad_logits[n, i].addmm_(P, grad[n, j])
         if grad_queries is None and grad_keys is None and grad_bias is None:
             continue
-        row_sum = (of_queries[n, i] * received).sum(dim=1, keepdim=True)
+        row_sum = (logits[n, i] * grad_logits[n, i]).sum(dim=1, keepdim=True)
         for j, P in tiles:
-            grad_S = P.mul_((of_queries[n, i] @ of_keys[n, j].T).sub_(row_sum))
+            grad_S = P.mul_((logits[n, i] @ grad[n, j].T).sub_(row_sum))
             if grad_queries is not None:
                 grad_queries[n, i].addmm_(grad_S, keys[n, j])
             if grad_keys is not None:
@@ -171,27 +157,88 @@ def softmax_affinity_backward(
     return grad_logits, grad_queries, grad_keys, grad_bias
 
 
-def _similarities(queries: Tensor, keys: Tensor, bias: Tensor | None, n: int, i: slice, j: slice, out: Tensor) -> None:
-    torch.mm(queries[n, i], keys[n, j].T, out=out)
+def attention(
+    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """`sum_j P_ij l_j` of every query i with `P_ij = softmax_j(q_i . k_j + b_j)`, and its log-sum-exp.
+
+    One tile exists at a time; what a row has summed shrinks whenever a tile shows a larger entry. A query whose keys
+    all have a bias of -inf receives 0.
+    """
+    out = logits.new_zeros(len(queries), logits.shape[2], queries.shape[1])  # few channels: pixels along memory
+    lse = queries.new_empty(queries.shape[:2])
+    for n, i, tiles in _tiles(queries, keys, chunk):
+        top = queries.new_full((i.stop - i.start, 1), torch.finfo(queries.dtype).min)
+        total = torch.zeros_like(top)
+        for j, P in tiles:
+            _similarities(queries[n, i], keys[n, j], None if bias is None else bias[n, j], P)
+            highest = torch.maximum(top, P.amax(dim=1, keepdim=True))
+            P.sub_(highest).exp_()
+            factor = (top - highest).exp_()
+            total = total * factor + P.sum(dim=1, keepdim=True)
+            out[n, :, i].mul_(factor.T).addmm_(logits[n, j].T, P.T)
+            top = highest
+        total.clamp_min_(1)  # the largest entry alone gives 1, if there is one
+        out[n, :, i] /= total.T
+        lse[n, i] = (top + total.log())[:, 0]
+    return out.mT, lse
+
+
+def attention_backward(
+    grad: Tensor,
+    logits: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    chunk: int | None,
+    need_queries: bool,
+    need_keys: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `attention`, each tile recomputed from the log-sum-exp; `sum_j P_ij dP_ij` is `grad_i . out_i`."""
+    grad_logits = torch.zeros_like(logits)
+    grad_queries = torch.zeros_like(queries, memory_format=torch.contiguous_format) if need_queries else None
+    grad_keys = torch.zeros_like(keys) if need_keys else None
+    grad_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
+    row_sums = (grad * out).sum(dim=2, keepdim=True)
+    for n, i, tiles in _tiles(queries, keys, chunk):
+        for j, P in tiles:
+            _similarities(queries[n, i], keys[n, j], None if bias is None else bias[n, j], P)
+            P.sub_(lse[n, i, None]).exp_()
+            grad_logits[n, j].addmm_(P.T, grad[n, i])
+            if grad_queries is None and grad_keys is None and grad_bias is None:
+                continue
+            grad_S = P.mul_((grad[n, i] @ logits[n, j].T).sub_(row_sums[n, i]))
+            if grad_queries is not None:
+                grad_queries[n, i].addmm_(grad_S, keys[n, j])
+            if grad_keys is not None:
+                grad_keys[n, j].addmm_(grad_S.T, queries[n, i])
+            if grad_bias is not None:
+                grad_bias[n, j] += grad_S.sum(dim=0)
+    return grad_logits, grad_queries, grad_keys, grad_bias
+
+
+def _similarities(queries: Tensor, keys: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    torch.mm(queries, keys.T, out=out)
     if bias is not None:
-        out += bias[n, j]
+        out += bias
 
 
-def _chunks(
-    queries: Tensor, keys: Tensor, chunk: int | None
-) -> Iterator[tuple[int, slice, list[tuple[slice, Tensor]]]]:
+Tiles = Iterator[tuple[int, slice, list[tuple[slice, Tensor]]]]
+
+
+def _chunks(queries: Tensor, keys: Tensor, chunk: int | None) -> Tiles:
     """The chunks of queries: image n, queries i, and the tiles of the chunk, keys j with memory for `S_ij`.
 
-    By default a chunk has the rows of a tile, more where there are few keys, and fewer where `rows x keys` would not
-    fit in the budget.
+    By default a chunk has the rows of a tile, fewer where `rows x keys` would not fit in the budget.
     """
     N, M, _ = queries.shape
     K = keys.shape[1]
     budget = CPU_CHUNK_BYTES if keys.device.type == "cpu" else DEVICE_CHUNK_BYTES
     if chunk is None:
-        limit = _tile_limit(keys)
-        rows = limit * limit // max(1, min(limit, K))
-        chunk = max(1, min(rows, budget // max(1, K * keys.element_size())))
+        chunk = max(1, min(_tile_limit(keys), budget // max(1, K * keys.element_size())))
         chunk = math.ceil(M / math.ceil(M / chunk)) if M else chunk
     columns = _blocks(K, None, keys)
     memory = queries.new_empty(min(chunk, M) * K)
@@ -199,3 +246,18 @@ def _chunks(
         for i in _blocks(M, chunk, keys):
             size = i.stop - i.start
             yield n, i, [(j, memory[size * j.start : size * j.stop].view(size, j.stop - j.start)) for j in columns]
+
+
+def _tiles(queries: Tensor, keys: Tensor, chunk: int | None) -> Tiles:
+    """The same, but all tiles share the memory of one, which has more rows where there are few keys."""
+    N, M, _ = queries.shape
+    columns = _blocks(keys.shape[1], None, keys)
+    width = max((j.stop - j.start for j in columns), default=1)
+    if chunk is None:
+        chunk = max(1, _tile_limit(keys) ** 2 // width)
+        chunk = math.ceil(M / math.ceil(M / chunk)) if M else chunk
+    memory = queries.new_empty(min(chunk, M) * width)
+    for n in range(N):
+        for i in _blocks(M, chunk, keys):
+            rows = i.stop - i.start
+            yield n, i, [(j, memory[: rows * (j.stop - j.start)].view(rows, -1)) for j in columns]

@@ -104,7 +104,9 @@ def _headroom(*features: Tensor) -> Tensor:
 # The softmax affinity
 
 
-def softmax_affinity(logits: Tensor, queries: Tensor, keys: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
+def softmax_affinity(
+    logits: Tensor, queries: Tensor, keys: Tensor, bias: None, chunk: int | None
+) -> tuple[Tensor, Tensor]:
     """`sum_i softmax(q_i . K)_j l_i` of every target j, and the log-sum-exp of every source i.
 
     One pass is owned by the sources, one by the targets.
@@ -120,17 +122,19 @@ def softmax_affinity_backward(
     logits: Tensor,
     queries: Tensor,
     keys: Tensor,
+    bias: None,
     lse: Tensor,
     chunk: int | None,
     need_queries: bool,
     need_keys: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
     """Gradients of `softmax_affinity`: the probabilities are formed again from the log-sum-exp, for each gradient.
 
     The row sum `sum_j P_ij dP_ij` of the softmax's gradient is `l_i . (P grad)_i`, already at hand.
     """
     if queries.numel() == 0 or keys.numel() == 0:
-        return torch.zeros_like(logits), torch.zeros_like(queries), torch.zeros_like(keys)
+        return torch.zeros_like(logits), torch.zeros_like(queries), torch.zeros_like(keys), None
     grad_logits = _weighted_sum(queries, keys, grad, lse, chunk, sources_own=True)
     row_sum = (logits * grad_logits).sum(dim=2)
     grad_queries = grad_keys = None
@@ -140,7 +144,7 @@ def softmax_affinity_backward(
     if need_keys:
         own = grad, row_sum
         grad_keys = _weighted_sum(keys, queries, logits, lse, chunk, sources_own=False, gradient=own)
-    return grad_logits, grad_queries, grad_keys
+    return grad_logits, grad_queries, grad_keys, None
 
 
 def _log_sum_exp(queries: Tensor, keys: Tensor, chunk: int | None) -> Tensor:

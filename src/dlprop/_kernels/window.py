@@ -48,13 +48,14 @@ def window_affinity_backward(
     queries: Tensor,
     keys: Tensor,
     bias: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     offsets: Sequence[int],
     need_queries: bool,
     need_keys: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `window_affinity`, each band of P recomputed from the log-sum-exp."""
+    """Gradients of `window_affinity`, each band recomputed; the row sum `sum_o P_jo dP_jo` is `grad_j . out_j`."""
     contiguous = torch.contiguous_format
     grad_logits = torch.zeros_like(logits, memory_format=contiguous)
     grad_queries = torch.zeros_like(queries, memory_format=contiguous) if need_queries else None
@@ -70,7 +71,7 @@ def window_affinity_backward(
         dP = torch.zeros_like(P)
         for product, (inside, at, source) in zip(dP, neighbours, strict=True):
             torch.sum(grad[n][at] * logits[n][source], dim=0, out=product[inside])
-        grad_S = P.mul_(dP - (P * dP).sum(dim=0))
+        grad_S = P.mul_(dP - (grad[n, :, rows] * out[n, :, rows]).sum(dim=0))
         for slope, (inside, at, source) in zip(grad_S, neighbours, strict=True):
             if grad_queries is not None:
                 grad_queries[n][at].addcmul_(keys[n][source], slope[inside])
