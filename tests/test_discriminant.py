@@ -137,7 +137,7 @@ def test_a_large_mean_errs_little(form):
     feats = feats + 1e3
     compare(form, logits, feats, kind="large mean")
 
-    def uncentred(weights, V):
+    def uncentred(weights, V, *, are_shares=False):
         w = weights.sum(1, keepdim=True)
         mean = (V @ w.mT) / w.sum(2, keepdim=True)
         second = (w * V) @ V.mT - w.sum(2, keepdim=True) * mean @ mean.mT

@@ -82,6 +82,22 @@ def test_moments_in_blocks(size, M, dtype, monkeypatch):
     assert_statistics(actual, of_images(weights, V), dtype=dtype)
 
 
+@pytest.mark.parametrize("size", [3, 4096])
+def test_shares_give_the_same_statistics_and_the_same_gradients_of_logits(size, monkeypatch):
+    """Of weights that a softmax made; twice, because the weights' own gradients differ by a number a pixel."""
+    monkeypatch.setattr(kernel, "PIXELS", size)
+    logits, V = torch.randn(2, 3, 7, dtype=F64).requires_grad_(), torch.randn(2, 4, 7, dtype=F64).requires_grad_()
+    probe = torch.randn(2 * (3 + 12 + 16), dtype=F64)
+    results = []
+    for are_shares in (True, False):
+        out = torch.cat([x.flatten() for x in kernel.moments(logits.softmax(1), V, are_shares=are_shares)])
+        grads = torch.autograd.grad(out, (logits, V), probe, create_graph=True)
+        seconds = torch.autograd.grad(sum(x.square().sum() for x in grads), (logits, V))
+        results.append((out, *grads, *seconds))
+    for x, y in zip(*results, strict=True):
+        assert_close(x, y.detach().numpy(), "gradient")
+
+
 def test_moments_of_blocks_without_a_source(monkeypatch):
     monkeypatch.setattr(kernel, "PIXELS", 2)
     weights, V = torch.zeros(1, 2, 7, dtype=F64), torch.randn(1, 3, 7, dtype=F64)

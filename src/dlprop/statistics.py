@@ -20,10 +20,10 @@ PIXELS = 1 << 14
 ROUNDINGS = 16
 
 
-def image_statistics(sources: Pixels, weights: Tensor) -> Statistics:
+def image_statistics(sources: Pixels, weights: Tensor, *, are_shares: bool = False) -> Statistics:
     """The statistics of every image, for class weights (N, C, M) of the sources, in float64 where there is that."""
     if sources.upsampling is None:
-        return moments(weights, sources.feats)
+        return moments(weights, sources.feats, are_shares=are_shares)
     # sum_i w_i v_i v_i^T = V (U diag(w) U^T) V^T with the features V on their own grid
     gathered = sources.gather(weights)
     counts, sums, E = centred(gathered, sources.feats)
@@ -115,7 +115,7 @@ class ClassStatistics(nn.Module):
                     P = L[:, :, at].to(dtype).softmax(dim=1)
                     if counts is not None:
                         P = torch.where(counts[:, :, at] == 0, 0, P * counts[:, :, at])
-                    self._add(P, V[:, :, at].to(dtype))
+                    self._add(P, V[:, :, at].to(dtype), are_shares=counts is None)
 
     @torch.no_grad()
     def update_labels(self, labels: Tensor, feats: Tensor, *, ignore_index: int = 255) -> None:
@@ -189,8 +189,8 @@ class ClassStatistics(nn.Module):
         C, D = self.sums.shape
         return f"num_classes={C}, channels={D}, align_corners={self.align_corners}"
 
-    def _add(self, weights: Tensor, V: Tensor) -> None:
-        added = moments(weights, V)
+    def _add(self, weights: Tensor, V: Tensor, *, are_shares: bool = False) -> None:
+        added = moments(weights, V, are_shares=are_shares)
         self._set(self.statistics.merged(Statistics(*(x[0].to(self.sums) for x in added))))
 
     def _set(self, statistics: Statistics) -> None:

@@ -57,15 +57,17 @@ def or_one(n: Tensor) -> Tensor:
     return torch.where(n == 0, 1, n)
 
 
-def moments(weights: Tensor, V: Tensor) -> Statistics:
+def moments(weights: Tensor, V: Tensor, *, are_shares: bool = False) -> Statistics:
     """The statistics of every image, for class weights (N, C, M) and features (N, D, M).
 
     Their entries are float64 where the device has it, and blocks of pixels are added up in it. The features are centred
     before they are squared, so that a large mean does not cancel and of equal features next to nothing is left.
+    ``are_shares`` promises weights that add up to 1 at every pixel, as a softmax gives: pixels are then not multiplied
+    by 1, and the weights' gradient is up to a number that is the same for all classes, which a softmax takes away.
     """
     if wants_plain_formula(weights, V):
         return _plain(weights, V)
-    return Statistics(*_Moments.apply(weights, V))
+    return Statistics(*_Moments.apply(weights, V, are_shares))
 
 
 def centred(weights: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,29 +95,34 @@ class _Moments(Function):
     """The features less their mean exist a block at a time, in forward and in backward."""
 
     @staticmethod
-    def forward(weights: Tensor, V: Tensor) -> Statistics:
+    def forward(weights: Tensor, V: Tensor, are_shares: bool) -> Statistics:
         blocks = list(zip(weights.split(PIXELS, dim=2), V.split(PIXELS, dim=2), strict=True))
         counts = weights.sum(dim=2, dtype=statistics_dtype(V))
         n = or_one(counts.sum(dim=1))[:, None, None]
-        mean = (sum(v @ w.sum(dim=1)[:, :, None].to(v.dtype) for w, v in blocks) / n).to(V.dtype)
+        totals = (
+            v.sum(dim=2, keepdim=True) if are_shares else v @ w.sum(dim=1)[:, :, None].to(v.dtype) for w, v in blocks
+        )
+        mean = (sum(totals) / n).to(V.dtype)
         sums, second = counts.new_zeros(*weights.shape[:2], V.shape[1]), counts.new_zeros(V.shape[0], *2 * V.shape[1:2])
         memory = V.new_empty(2, *V.shape[:2], min(PIXELS, V.shape[2]))  # fresh memory would cost as much as filling it
         for w, v in blocks:
             E, weighted = memory[..., : v.shape[2]]
             torch.sub(v, mean, out=E)
-            torch.mul(E, w.sum(dim=1, keepdim=True), out=weighted)
             sums += w @ E.mT
-            second += weighted @ E.mT
+            if not are_shares:
+                torch.mul(E, w.sum(dim=1, keepdim=True), out=weighted)
+            second += (E if are_shares else weighted) @ E.mT
         gap = sums.sum(dim=1, keepdim=True) / n  # what rounding left of the mean
         second -= n * gap.mT * gap
         return Statistics(counts, sums + counts[:, :, None] * mean.mT, second)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Statistics) -> None:
-        ctx.save_for_backward(*inputs, Statistics(*output).mean)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Statistics) -> None:
+        *tensors, ctx.are_shares = inputs
+        ctx.save_for_backward(*tensors, Statistics(*output).mean)
 
     @staticmethod
-    def backward(ctx: Any, grad_counts: Tensor, grad_sums: Tensor, grad_second: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_counts: Tensor, grad_sums: Tensor, grad_second: Tensor) -> tuple[Tensor, Tensor, None]:
         weights, V, mean = ctx.saved_tensors
         mean = mean[:, :, None]
         if torch.is_grad_enabled():  # to be differentiated again, through the mean too
@@ -123,18 +130,21 @@ class _Moments(Function):
         # The scatter does not change with the mean it is taken around.
         of_counts = (grad_counts[:, :, None] + grad_sums @ mean.to(grad_sums.dtype)).to(V.dtype)
         factors, mean = torch.cat((grad_sums, grad_second + grad_second.mT), dim=1).to(V.dtype), mean.to(V.dtype)
-        C = weights.shape[1]
+        C, are_shares = weights.shape[1], ctx.are_shares
 
         def of_block(weights: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
             E = V - mean
             products = factors @ E
-            grad_weights = of_counts + products[:, :C] + (E * products[:, C:]).sum(dim=1, keepdim=True) / 2
-            return grad_weights, factors[:, :C].mT @ weights + weights.sum(dim=1, keepdim=True) * products[:, C:]
+            grad_weights, grad_V = of_counts + products[:, :C], factors[:, :C].mT @ weights
+            if are_shares:
+                return grad_weights, grad_V + products[:, C:]
+            grad_weights = grad_weights + (E * products[:, C:]).sum(dim=1, keepdim=True) / 2
+            return grad_weights, grad_V + weights.sum(dim=1, keepdim=True) * products[:, C:]
 
         if torch.is_grad_enabled():
-            return of_block(weights, V)
+            return *of_block(weights, V), None
         grads = factors.new_empty(weights.shape), factors.new_empty(V.shape)
         for *inputs, grad_weights, grad_V in zip(*(x.split(PIXELS, dim=2) for x in (weights, V, *grads)), strict=True):
             for grad, value in zip((grad_weights, grad_V), of_block(*inputs), strict=True):
                 grad.copy_(value)
-        return grads
+        return *grads, None

@@ -53,9 +53,9 @@ class Classifier(Orders):
         W = V if same else normalize_features(targets.feats, self.normalize)
         return replace(sources, feats=V), replace(targets, feats=W)
 
-    def statistics_of(self, sources: Pixels, weights: Tensor) -> Statistics:
-        """The statistics of each image, or of all together, for class weights (N, C, M)."""
-        statistics = image_statistics(sources, weights)
+    def statistics_of(self, sources: Pixels, weights: Tensor, *, are_shares: bool = False) -> Statistics:
+        """The statistics of each image, or of all together, for class weights (N, C, M), perhaps shares of 1."""
+        statistics = image_statistics(sources, weights, are_shares=are_shares)
         return statistics.over_batch() if self.across == "batch" else statistics
 
     def over_covariance(self, statistics: Statistics, x: Tensor, dtype: torch.dtype) -> Tensor:

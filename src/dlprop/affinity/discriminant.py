@@ -73,9 +73,9 @@ class Discriminant(Classifier):
     def propagate(self, sources: Pixels, targets: Pixels) -> Tensor:
         """Log-probabilities of the targets; see `dlprop.affinity.Affinity`."""
         sources, targets = self.prepared(sources, targets)
-        counts, sums, _ = statistics = self._with_stored(
-            self.statistics_of(sources, sources.counted(sources.logits.softmax(dim=1)))
-        )
+        P = sources.counted(sources.logits.softmax(dim=1))
+        own = self.statistics_of(sources, P, are_shares=sources.counts is None)
+        counts, sums, _ = statistics = self._with_stored(own)
         n, mean = statistics.total, statistics.mean[:, None]
         means = (sums - counts[:, :, None] * mean) / (counts[:, :, None] + 1)
         A = self.over_covariance(statistics, means, targets.feats.dtype)
