@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlprop import DerivativeLabelPropagation, DerivativeLoss, MomentumAverager
-from dlprop.affinity import Affinity, Linear
+from dlprop.affinity import Affinity, Linear, Softmax
 from dlprop.statistics import ClassStatistics
 
 OURS, PLAIN, COMPILED = "dlprop", "plain PyTorch", "plain PyTorch, compiled"
 PRODUCTS, THREE_PRODUCTS = "its two matrix products", "its three matrix products"
 MATRIX = "Eq. 4 as an M x M matrix"
 BARE_PRODUCT = "the bare product `V V^T`"
+ATTENTION, UNFOLD, COPIES = "`scaled_dot_product_attention`", "`unfold`", "copies of as many bytes"
+CLICKS = 55
 SAME_OPERATIONS = "one matrix product of as many operations"
 ONE_PRODUCT_PER_ORDER = "one matrix product per order"
 ANCHORS = 1024  # of the sampled loss
@@ -248,6 +250,88 @@ def softmax(p: Problem) -> Variants:
     trained = queries.requires_grad_(), keys.requires_grad_()
     beside = step(lambda: attention(logits, queries, keys), *trained, grad=grad, kind="related")
     return affinity(p, "softmax", plain_softmax, is_trained=True, needs=5 * p.matrix_bytes) | {"attention": beside}
+
+
+def sources_of_each_target(p: Problem) -> Variants:
+    """Attention of all pixels over all, forward."""
+    logits, feats = p.logits(), unit(p.features()) * 10
+    propagate = DerivativeLabelPropagation(Softmax(over="sources", weights=(1.0,), normalize=None))
+    return {
+        OURS: step(lambda: propagate(logits.flatten(2), feats).view_as(logits), kind="ours"),
+        ATTENTION: step(lambda: attention(logits, feats, feats)),
+        PLAIN: step(
+            lambda: (logits.flatten(2) @ (feats.mT @ feats).softmax(dim=1)).view_as(logits), needs=2 * p.matrix_bytes
+        ),
+    }
+
+
+def clicked(p: Problem) -> Variants:
+    """Attention over a few labelled pixels, given by a mask, beside the same of these alone."""
+    logits, feats = p.logits(), p.features() / p.D**0.5
+    mask = torch.zeros(1, p.pixels, dtype=torch.bool, device=p.device)
+    mask[0, torch.randperm(p.pixels, generator=torch.Generator().manual_seed(6))[:CLICKS]] = True
+    propagate = DerivativeLabelPropagation(Softmax(over="sources", weights=(1.0,), normalize=None))
+    values, keys, queries = (x.flatten(2) for x in (logits[:, :, :1], feats, feats))
+    values, keys = logits.flatten(2)[:, :, mask[0]], keys[:, :, mask[0]].contiguous()
+    mask = mask.view(1, p.height, p.width)
+
+    def by_hand() -> Tensor:
+        return F.scaled_dot_product_attention(queries.mT, keys.mT, values.mT, scale=1.0).mT.reshape(logits.shape)
+
+    return {
+        OURS: step(lambda: propagate(logits, feats, mask=mask), kind="ours"),
+        ATTENTION: step(by_hand),
+        "the product of its similarities": step(lambda: keys.mT @ queries, kind="bound"),
+    }
+
+
+def colour_window(p: Problem) -> Variants:
+    """Five steps of a window of colours, whose offsets lie at three dilations."""
+    probabilities, image = p.logits().softmax(dim=1), 8 * p.features()
+    dilations, steps = (1, 2, 4), 5
+    affinity = Softmax(
+        over="sources", similarity="gaussian", weights=(1.0,), normalize=None, radius=1, dilation=dilations
+    )
+    propagate = DerivativeLabelPropagation(affinity)
+    offsets = 1 + 8 * len(dilations)
+
+    def ours() -> Tensor:
+        out = probabilities
+        for _ in range(steps):
+            out = propagate(out, image)
+        return out
+
+    def neighbours(x: Tensor) -> Tensor:
+        """(N, K, offsets, M): the centre, then the others of each dilation; beyond the border inf."""
+        parts = [x.flatten(2)[:, :, None]]
+        for d in dilations:
+            padded = F.pad(x, (d,) * 4, value=torch.inf)
+            found = F.unfold(padded, 3, dilation=d).unflatten(1, (x.shape[1], 9))
+            parts.append(torch.cat((found[:, :, :4], found[:, :, 5:]), dim=2))
+        return torch.cat(parts, dim=2)
+
+    def unfolded() -> Tensor:
+        squares = (neighbours(image) - image.flatten(2)[:, :, None]).square().sum(dim=1)
+        shares = (-squares / 2).softmax(dim=1)
+        out = probabilities
+        for _ in range(steps):
+            out = (neighbours(out).nan_to_num(posinf=0) * shares[:, None]).sum(dim=2).view_as(out)
+        return out
+
+    channels = 3 * p.C + 2 * p.D  # of every offset: read, add and write the result, and compare the colours
+    source = torch.rand(channels * offsets * p.pixels // 64, device=p.device)
+    target = torch.empty_like(source)
+
+    def copies() -> Tensor:
+        for _ in range(steps * 32):  # a copy reads and writes
+            target.copy_(source)
+        return target
+
+    return {
+        OURS: step(ours, kind="ours"),
+        UNFOLD: step(unfolded, needs=2 * offsets * p.C * p.pixels * p.dtype.itemsize),
+        COPIES: step(copies, kind="bound"),
+    }
 
 
 def masked(p: Problem) -> Variants:

@@ -9,8 +9,10 @@ from typing import Literal
 
 from . import builders
 from .builders import (
+    ATTENTION,
     BARE_PRODUCT,
     COMPILED,
+    COPIES,
     MATRIX,
     ONE_PRODUCT_PER_ORDER,
     OURS,
@@ -18,6 +20,7 @@ from .builders import (
     PRODUCTS,
     SAME_OPERATIONS,
     THREE_PRODUCTS,
+    UNFOLD,
     Problem,
     Variants,
 )
@@ -123,6 +126,22 @@ CASES: dict[str, Case] = {
         square(81),
         (Target("speedup", 1.5, PLAIN),),
         "softmax propagation and its gradient, 81 x 81",
+    ),
+    # Over the sources.
+    "attention_81": Case(
+        "attention, 81 x 81", builders.sources_of_each_target, square(81), (Target("speedup", 1, ATTENTION),)
+    ),
+    "clicks_360": Case(
+        f"attention over {builders.CLICKS} labelled pixels, 360 x 480",
+        builders.clicked,
+        Problem(360, 480, C=11),
+        (Target("seconds", 0.05), Target("speedup", 1, ATTENTION)),
+    ),
+    "window_512": Case(
+        "five steps of a window of colours, 512 x 1024, C = 19",
+        builders.colour_window,
+        Problem(512, 1024, C=19, D=3),
+        (Target("speedup", 4, UNFOLD), Target("cost", 1.5, COPIES)),
     ),
     # Closed forms, which cost one product `V V^T` and two with C rows.
     "discriminant_41": Case(

@@ -15,8 +15,15 @@ FORMS = {
     "mean": {"affinity": "linear", "scale": "mean"},
     "degree": {"affinity": "linear", "scale": "degree"},
     "softmax": {"affinity": "softmax"},
+    "attention": {"affinity": "softmax", "over": "sources"},
 }
 SIMILARITIES = ("dot", "cosine")
+# Every form with every similarity that it takes.
+KINDS = [
+    (form, similarity)
+    for form, own in FORMS.items()
+    for similarity in (*SIMILARITIES, *(("gaussian",) if own["affinity"] == "softmax" else ()))
+]
 
 
 def make(form, **options):
@@ -56,6 +63,44 @@ def random_mask(N, *grid):
     mask.flatten(1)[:, 0] = True
     mask.flatten(1)[-1:, 1:] = False
     return mask
+
+
+def dense(
+    logits,
+    feats,
+    targets=None,
+    counts=None,
+    inside=None,
+    *,
+    over="targets",
+    weights=(1.0, 1.0),
+    normalize="l1",
+    similarity="dot",
+):
+    """The softmax forms of flat inputs (N, _, M) with all pairs of pixels at once: plain formulas for autograd.
+
+    Sources count as often as `counts` (N, M) says, and only where `inside` (M, M') is true; forward differences.
+    """
+
+    def orders(x):
+        norms = {None: 1, "l1": x.abs().sum(1, keepdim=True), "l2": x.norm(dim=1, keepdim=True)}
+        x = x.softmax(1) if normalize == "softmax" else x / norms[normalize]
+        differences = [x.diff(n=q, dim=1) for q in range(len(weights))]
+        return [d / d.norm(dim=1, keepdim=True) for d in differences] if similarity == "cosine" else differences
+
+    def pairs(a, b):
+        return -(a[:, :, :, None] - b[:, :, None]).square().sum(1) / 2 if similarity == "gaussian" else a.mT @ b
+
+    sides = zip(weights, orders(feats), orders(feats if targets is None else targets), strict=True)
+    S = sum(w * pairs(a, b) for w, a, b in sides)
+    if over == "targets":
+        return logits @ S.softmax(2)
+    if counts is not None:
+        S = S + counts.log()[:, :, None]
+    if inside is not None:
+        S = S.masked_fill(~torch.as_tensor(inside), -torch.inf)
+    nothing = S.isneginf().all(1, keepdim=True)
+    return logits @ S.masked_fill(nothing, 0).softmax(1).masked_fill(nothing, 0)
 
 
 class NearestMean:

@@ -46,7 +46,7 @@ SIGNATURES: dict[Callable[..., Any], str] = {
     ),
     Affinity.propagate: "(self, sources, targets)",
     Linear: f"(*, {ORDERS}, scale='sum')",
-    Softmax: f"(*, {ORDERS}, chunk_size=None, backend='auto')",
+    Softmax: f"(*, {ORDERS}, over='targets', radius=None, dilation=1, chunk_size=None, backend='auto')",
     derivative_label_propagation: f"(logits, feats, target_feats=None, *, mask=None, affinity='linear', {GRIDS})",
     DerivativeLabelPropagation: f"(affinity='linear', *, {GRIDS})",
     DerivativeLabelPropagation.forward: "(self, logits, feats, target_feats=None, *, mask=None)",

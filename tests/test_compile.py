@@ -13,6 +13,7 @@ from tests.tolerances import assert_close
 
 D = 11
 C = 3
+WINDOW = Softmax(over="sources", radius=1)
 # (N, H, W) of the features, no two axes alike: equal ones may share a symbol, and then part again at a later size.
 SIZES = [(2, 5, 6), (3, 7, 8), (4, 6, 9), (5, 9, 7), (2, 10, 13), (6, 8, 5), (3, 12, 4), (4, 5, 11), (7, 6, 8)]
 SIZES += [(2, 11, 9), (5, 4, 10), (3, 13, 14)]
@@ -97,6 +98,32 @@ CASES = {
         ),
         lambda s: [_logits(s, 2), _feats(s), _target_feats(s), _mask(s, 2)],
     ),
+    "propagation attention": (DerivativeLabelPropagation("attention"), lambda s: [_logits(s), _feats(s)]),
+    "propagation attention to targets": (
+        lambda logits, feats, target_feats, mask: derivative_label_propagation(
+            logits, feats, target_feats, mask=mask, affinity=Softmax(over="sources", similarity="gaussian")
+        ),
+        lambda s: [_logits(s, 2), _feats(s), _target_feats(s), _mask(s, 2)],
+    ),
+    "propagation softmax gaussian": (
+        DerivativeLabelPropagation(Softmax(similarity="gaussian", normalize=None)),
+        lambda s: [_logits(s), _feats(s)],
+    ),
+    "propagation window": (
+        DerivativeLabelPropagation(Softmax(over="sources", radius=1, dilation=(1, 3), similarity="gaussian")),
+        lambda s: [_logits(s), _feats(s)],
+    ),
+    "propagation window full resolution": (
+        lambda logits, feats, target_feats, mask: derivative_label_propagation(
+            logits,
+            feats,
+            target_feats,
+            mask=mask,
+            affinity=Softmax(over="sources", radius=2, similarity="cosine"),
+            resolution="logits",
+        ),
+        lambda s: [_logits(s, 2), _feats(s), _feats(s, 1), _mask(s, 2)],
+    ),
     "propagation mask": (
         lambda logits, feats, mask: derivative_label_propagation(
             logits, feats, mask=mask, affinity=Linear(scale="mean", weights=[1, 0.5, 0.25]), align_corners=False
@@ -169,7 +196,11 @@ def quick(names, *chosen):
     )
 
 
-@quick(CASES, "derivative_similarity", "propagation", "propagation softmax", "loss labels", "loss features")
+@quick(
+    CASES,
+    *("derivative_similarity", "propagation", "propagation softmax", "loss labels", "loss features"),
+    *("propagation attention", "propagation window"),
+)
 def test_compiles_into_one_graph_without_a_recompile_per_size(name):
     function, arguments = CASES[name]
     compilations = CompileCounterWithBackend("aot_eager")
@@ -181,7 +212,7 @@ def test_compiles_into_one_graph_without_a_recompile_per_size(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["propagation softmax", "loss labels"])
+@pytest.mark.parametrize("name", ["propagation softmax", "propagation window", "loss labels"])
 def test_square_images_do_not_recompile_either(name):
     function, arguments = CASES[name]
     compilations = CompileCounterWithBackend("aot_eager")
@@ -229,7 +260,11 @@ def test_rectify_compiles():
 
 @pytest.mark.parametrize(
     "affinity",
-    ["linear", "softmax", *(pytest.param(Linear(scale=s), marks=pytest.mark.slow) for s in ("mean", "degree"))],
+    [
+        *("linear", "softmax", "attention"),
+        pytest.param(WINDOW, id="window"),
+        *(pytest.param(Linear(scale=s), marks=pytest.mark.slow) for s in ("mean", "degree")),
+    ],
 )
 def test_a_mask_without_a_true_is_defined(affinity):
     """Nobody can look at its values there: zeros, or the targets' own logits for the degree; finite gradients."""
@@ -339,6 +374,22 @@ EXPORTS = {
         lambda s: [_logits(s, 2), _feats(s)],
         (ANY_GRID, FEATS),
     ),
+    "attention": (DerivativeLabelPropagation("attention"), lambda s: [_logits(s), _feats(s)], (FEATS, FEATS)),
+    "attention resized": (
+        DerivativeLabelPropagation(Softmax(over="sources", similarity="gaussian")),
+        lambda s: [_logits(s, 2), _feats(s)],
+        (ANY_GRID, FEATS),
+    ),
+    "window": (
+        DerivativeLabelPropagation(Softmax(over="sources", radius=1, dilation=(1, 2), similarity="gaussian")),
+        lambda s: [_logits(s), _feats(s)],
+        (FEATS, FEATS),
+    ),
+    "window full resolution": (
+        DerivativeLabelPropagation(WINDOW, resolution="logits"),
+        lambda s: [_logits(s, 2), _feats(s)],
+        (ANY_GRID, FEATS),
+    ),
     "loss labels": (DerivativeLoss(), lambda s: [_feats(s), _labels(s)], (FEATS, LABELS)),
     "loss label grid": (DerivativeLoss(), lambda s: [_feats(s), _labels(s, 2)], (FEATS, ANY_LABEL_GRID)),
     "loss features": (DerivativeLoss(reduction="none"), lambda s: [_feats(s), _feats(s, 1)], (FEATS, FEATS)),
@@ -348,7 +399,7 @@ EXPORTS = {
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["linear full resolution", "softmax", "loss label grid", "loss anchors"])
+@pytest.mark.parametrize("name", ["linear full resolution", "softmax", "window", "loss label grid", "loss anchors"])
 def test_exports(name, strict):
     module, arguments, _ = EXPORTS[name]
     given = tuple(arguments(SIZES[0]))
@@ -359,7 +410,7 @@ def test_exports(name, strict):
     assert_close(actual, module(*given).double(), "propagation")
 
 
-@quick(EXPORTS, "linear resized", "softmax full resolution", "loss label grid", "loss features")
+@quick(EXPORTS, "linear resized", "softmax full resolution", "window", "loss label grid", "loss features")
 def test_exports_with_dynamic_sizes(name):
     module, arguments, shapes = EXPORTS[name]
     keywords = ("logits", "feats") if isinstance(module, DerivativeLabelPropagation) else ("feats", "target")
@@ -373,7 +424,7 @@ def test_exports_with_dynamic_sizes(name):
         assert_close(actual, module(*given).double(), "propagation")
 
 
-@pytest.mark.parametrize("name", ["linear", "softmax", "loss labels", "loss features"])
+@pytest.mark.parametrize("name", ["linear", "softmax", "attention", "window", "loss labels", "loss features"])
 def test_an_exported_module_trains(name):
     module, arguments, _ = EXPORTS[name]
     given = arguments(SIZES[0])

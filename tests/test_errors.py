@@ -25,7 +25,8 @@ OPTIONS = {  # name: all its values
     "scheme": SCHEMES,
     "normalize": ("l1", "l2", "softmax", "None"),
     "similarity": ("dot", "cosine"),
-    "affinity": ("linear", "softmax"),
+    "over": ("targets", "sources"),
+    "affinity": ("linear", "softmax", "attention", "ridge", "discriminant"),
     "scale": ("sum", "mean", "degree"),
     "resolution": ("feats", "logits"),
     "backend": ("auto", "tiled", "triton"),
@@ -140,8 +141,9 @@ def similarity_rows():
     for scheme, order in {"forward": 5, "sum": 6, "central": 3, "laplacian": 4}.items():
         yield f"{scheme} too high", partial(f, x, order=order, scheme=scheme), ValueError, "feats", "order", order, 5
     for name in ("scheme", "normalize", "similarity"):
-        yield name, partial(f, x, **{name: "bogus"}), ValueError, name, "bogus", *OPTIONS[name]
-        yield f"{name} type", partial(f, x, **{name: 7}), TypeError, name, 7, *OPTIONS[name]
+        others = ("gaussian",) if name == "similarity" else ()
+        yield name, partial(f, x, **{name: "bogus"}), ValueError, name, "bogus", *OPTIONS[name], *others
+        yield f"{name} type", partial(f, x, **{name: 7}), TypeError, name, 7, *OPTIONS[name], *others
     for name in ("scheme", "similarity"):
         yield f"{name} None", partial(f, x, **{name: None}), ValueError, name, None, *OPTIONS[name]
     yield "query list", partial(f, x, query=[0, 1]), TypeError, "query", "list"
@@ -176,7 +178,7 @@ def test_similarity_options_are_keyword_only():
 def affinity_rows():
     """(id, affinity, options, error, parts)."""
     for cls in (Linear, Softmax):
-        names = ("scheme", "normalize", "similarity") + (("scale",) if cls is Linear else ("backend",))
+        names = ("scheme", "normalize", "similarity") + (("scale",) if cls is Linear else ("over", "backend"))
         for name in names:
             yield name, cls, {name: "bogus"}, ValueError, name, "bogus", *OPTIONS[name]
             yield f"{name} type", cls, {name: 7}, TypeError, name, 7, *OPTIONS[name]
@@ -197,6 +199,30 @@ def affinity_rows():
     for value, error, came in bad_integers(1):
         yield f"chunk_size={value!r}", Softmax, {"chunk_size": value}, error, "chunk_size", came
     yield "chunk_size=-3", Softmax, {"chunk_size": -3}, ValueError, "chunk_size", -3
+    yield "gaussian", Linear, {"similarity": "gaussian"}, ValueError, "similarity", "dot", "cosine", "gaussian"
+    for value, error, came in bad_integers(1):
+        yield f"radius={value!r}", Softmax, {"over": "sources", "radius": value}, error, "radius", came
+        for dilation, name in ((value, "dilation"), ([1, value], "dilation[1]")):
+            options = {"over": "sources", "radius": 1, "dilation": dilation}
+            if dilation != "1":
+                yield f"dilation={dilation!r}", Softmax, options, error, name, came
+    for value, came in (("12", "str"), (None, "NoneType"), (torch.ones(2), "Tensor"), ({1, 2}, "set")):
+        options = {"over": "sources", "radius": 1, "dilation": value}
+        yield f"dilation {came}", Softmax, options, TypeError, "dilation", "int", came
+    for value in ([], ()):
+        options = {"over": "sources", "radius": 1, "dilation": value}
+        yield f"dilation={value!r}", Softmax, options, ValueError, "dilation", "at least one"
+    for value in (2, (1, 2)):
+        options = {"over": "sources", "dilation": value}
+        yield f"no radius, dilation={value}", Softmax, options, ValueError, "dilation", "radius", value
+    yield "radius over targets", Softmax, {"radius": 2}, ValueError, "radius", 2, "over", "sources", "targets"
+    window = {"over": "sources", "radius": 1}
+    yield "chunks of a window", Softmax, {**window, "chunk_size": 5}, ValueError, "chunk_size", "radius", 5
+    yield "triton of a window", Softmax, {**window, "backend": "triton"}, ValueError, "backend", "triton", "auto"
+    options = {"over": "sources", "backend": "triton"}
+    yield "triton over sources", Softmax, options, ValueError, "backend", "triton", "sources", "auto"
+    options = {"similarity": "gaussian", "backend": "triton"}
+    yield "triton of the gaussian", Softmax, options, ValueError, "backend", "triton", "gaussian", "auto"
     yield "dense", Softmax, {"backend": "dense"}, ValueError, "backend", "dense", *OPTIONS["backend"]
     for name, value in (("chunk_size", 3), ("backend", "tiled")):
         yield f"{name} of the other", Linear, {name: value}, TypeError, name
@@ -316,7 +342,7 @@ def tensor_rows():
     yield "mask of nothing", (L, V), {"mask": ~mask}, ValueError, "mask", "at least one source", "(2, 6, 8)", "skip"
 
 
-@pytest.mark.parametrize("affinity", ["linear", "softmax"])
+@pytest.mark.parametrize("affinity", ["linear", "softmax", "attention"])
 @pytest.mark.parametrize(
     ("tensors", "keywords", "error", "parts"),
     [pytest.param(args, kwargs, error, parts, id=name) for name, args, kwargs, error, *parts in tensor_rows()],
@@ -329,12 +355,32 @@ def test_propagation_tensors(tensors, keywords, error, parts, affinity):
         module.rectify(*tensors[:2], 0.5, *tensors[2:], **keywords)
 
 
-@pytest.mark.parametrize("affinity", [Linear, Softmax])
+@pytest.mark.parametrize("affinity", [Linear, Softmax, partial(Softmax, over="sources", similarity="gaussian")])
 @pytest.mark.parametrize(("scheme", "order"), [("forward", 5), ("sum", 7), ("central", 3), ("laplacian", 3)])
 def test_propagation_needs_more_channels_than_the_highest_order_takes(scheme, order, affinity):
     module = DerivativeLabelPropagation(affinity(weights=(1.0,) * (order + 1), scheme=scheme))
     with raises(ValueError, "feats", "order", order, scheme, 5):
         module(torch.zeros(1, 2, 3), torch.zeros(1, 5, 3))
+
+
+def window_rows():
+    L, V = torch.zeros(2, 3, 6, 8), torch.zeros(2, 5, 6, 8)
+    other_grid = torch.zeros(2, 5, 6, 7)
+    yield "flat", (L.flatten(2), V.flatten(2)), "feats", "flat", "(N, C, H, W)"
+    yield "flat targets", (L.flatten(2), V.flatten(2), V.flatten(2)), "flat", "target_feats"
+    yield "targets of another grid", (L, V, other_grid), "target_feats", "(6, 8)", "(6, 7)"
+    yield "targets of another grid with as many", (L, V, V.mT), "target_feats", "(6, 8)", "(8, 6)"
+    yield "sources of a coarser grid", (L, V[:, :, ::2, ::2], other_grid), "target_feats", "(6, 7)"
+
+
+@pytest.mark.parametrize("resolution", ["feats", "logits"])
+@pytest.mark.parametrize(
+    ("tensors", "parts"), [pytest.param(tensors, parts, id=name) for name, tensors, *parts in window_rows()]
+)
+def test_a_window_needs_one_grid(tensors, parts, resolution):
+    module = DerivativeLabelPropagation(Softmax(over="sources", radius=1), resolution=resolution)
+    with raises(ValueError, "radius", "grid", *parts):
+        module(*tensors)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="triton may run here")

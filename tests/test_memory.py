@@ -70,6 +70,12 @@ MASKED = """
     out.sum().backward()
     return [out, target.grad, feats.grad]
 """
+# Few sources, as one clicks them.
+CLICKS = """
+    with torch.no_grad():
+        mask = torch.arange(target.shape[2] * target.shape[3]).view(1, *target.shape[2:]) % 1021 == 0
+        return [propagation(target, feats, mask=mask)]
+"""
 # Order 0 against labels as anybody would write it.
 DENSE = """
 def loss(feats, target):
@@ -126,6 +132,33 @@ def test_softmax_propagation():
     # the features 9 MiB.
     setup = "propagation = DerivativeLabelPropagation(Softmax(chunk_size=256))"
     assert _added_bytes(setup, BACKWARD, "logits", edge=97) < 96 * MIB
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "gaussian"])
+def test_attention(similarity):
+    # One M x M matrix would take 164 MiB. What there is are copies of the features, 6.4 MiB each.
+    options = f"over='sources', similarity='{similarity}', normalize=None"
+    setup = f"propagation = DerivativeLabelPropagation(Softmax({options}))"
+    assert _added_bytes(setup, FORWARD, "logits", edge=81) < 56 * MIB
+    assert _added_bytes(setup, BACKWARD, "logits", edge=81) < 112 * MIB
+
+
+def test_attention_from_clicks_takes_what_the_clicks_take():
+    # 17 sources of 16641: neither their features are copied to all pixels, nor is a matrix of all pairs formed.
+    setup = "propagation = DerivativeLabelPropagation(Softmax(over='sources', normalize=None, weights=(1.0,)))"
+    assert _added_bytes(setup, CLICKS, "logits") < 24 * MIB
+
+
+@pytest.mark.parametrize("run", [FORWARD, BACKWARD], ids=["forward", "backward"])
+def test_a_larger_window_takes_no_more(run):
+    # 9 offsets or 121: of the features, 4 MiB, a window of radius 5 unfolded would hold 499 MiB.
+    added = []
+    for radius in (1, 5):
+        options = f"over='sources', radius={radius}, similarity='gaussian', normalize=None"
+        setup = f"propagation = DerivativeLabelPropagation(Softmax({options}))"
+        added.append(_added_bytes(setup, run, "logits", edge=65))
+    assert added[0] < 48 * MIB
+    assert added[1] < added[0] + 4 * MIB
 
 
 def test_the_measurement_sees_a_dense_matrix():

@@ -13,13 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import dlprop
+from dlprop.affinity import Pixels, Softmax
 from tests import propagation_cases
 from tests.kernel_cases import affinity_inputs, normal
 from tests.loss_cases import assert_matches, draw_away_from_kinks, draw_mask, evaluate, expect
+from tests.oracles import propagation as oracle
 from tests.tolerances import assert_close
 
 F64, F32 = torch.float64, torch.float32
 TILE_BYTES = 4 * 4 * 8  # four pixels of float64: small images have several tiles, the last of them smaller
+BAND_BYTES = 2 * 5 * 5 * 8  # two rows of five pixels and five offsets: small images have several bands
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What must notice
@@ -80,15 +84,99 @@ def _isolated():
 
 def _softmax_gradients():
     """The op and all its gradients against autograd on the formula, with similarities far apart."""
-    leaves = [x.requires_grad_() for x in affinity_inputs(M=15, K=18)]
+    leaves = [x.requires_grad_() for x in (*affinity_inputs(M=15, K=18), normal(2, 18, seed=5))]
     probe = normal(2, 18, 3, seed=9)
-    logits, queries, keys = leaves
-    out, _ = torch.ops.dlprop.softmax_affinity(logits, 2 * queries, keys, None, "tiled")
-    expected = (2 * queries @ keys.mT).softmax(2).mT @ logits
+    logits, queries, keys, bias = leaves
+    out, _ = torch.ops.dlprop.softmax_affinity(logits, 2 * queries, keys, bias, False, None, "tiled")
+    expected = (2 * queries @ keys.mT + bias[:, None]).softmax(2).mT @ logits
     assert_close(out, expected.detach(), "propagation")
     gradients = (torch.autograd.grad(x, leaves, probe) for x in (out, expected))
     for actual, wanted in zip(*gradients, strict=True):
         assert_close(actual, wanted, "gradient")
+
+
+def _attention_gradients():
+    """The same over the sources, of which some do not count, and all of one image's do not."""
+    bias = normal(2, 18, seed=5)
+    bias[0, ::3] = -torch.inf
+    inputs = normal(2, 18, 3), normal(2, 15, 5, seed=1), normal(2, 18, 5, seed=2), bias
+    probe = normal(2, 15, 3, seed=9)
+    for nothing in (False, True):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        logits, queries, keys, bias = leaves
+        if nothing:
+            with torch.no_grad():
+                bias[1] = -torch.inf
+        out, _ = torch.ops.dlprop.softmax_affinity(logits, 2 * queries, keys, bias, True, None, "tiled")
+        images = slice(0, 1) if nothing else slice(0, 2)
+        expected = (2 * queries @ keys.mT + bias[:, None])[images].softmax(2) @ logits[images]
+        assert_close(out[images], expected.detach(), "propagation")
+        assert (out[images.stop :] == 0).all(), "propagation"
+        gradients = torch.autograd.grad(out, leaves, probe), torch.autograd.grad(expected, leaves, probe[images])
+        for actual, wanted in zip(*gradients, strict=True):
+            assert_close(actual[images], wanted[images], "gradient")
+            assert (actual[images.stop :] == 0).all(), "gradient"
+
+
+def _window_gradients():
+    """And in a window, in several bands, where some sources do not count: some pixels have none."""
+    logits, queries, keys = (normal(2, k, 7, 5, seed=seed) for seed, k in enumerate((3, 4, 4)))
+    bias = normal(2, 1, 7, 5, seed=5)
+    bias[0, :, 4:] = -torch.inf
+    leaves = [x.requires_grad_() for x in (logits, queries, keys, bias)]
+    probe = normal(2, 3, 7, 5, seed=9)
+    offsets = (0, 0), (-1, 0), (0, 2), (1, -1), (3, 1)
+    out, _ = torch.ops.dlprop.window_affinity(*leaves, [step for offset in offsets for step in offset])
+    y, x = torch.meshgrid(torch.arange(7), torch.arange(5), indexing="ij")
+    y, x = (at.flatten()[:, None] - at.flatten() for at in (y, x))
+    inside = sum((y == dy) & (x == dx) for dy, dx in offsets) > 0
+    S = (keys.flatten(2).mT @ queries.flatten(2) + bias.flatten(1)[:, :, None]).masked_fill(~inside, -torch.inf)
+    nothing = S.isneginf().all(1, keepdim=True)
+    assert nothing.any()
+    shares = S.masked_fill(nothing, 0).softmax(1).masked_fill(nothing, 0)
+    expected = (logits.flatten(2) @ shares).view(2, 3, 7, 5)
+    assert_close(out, expected.detach(), "propagation")
+    gradients = (torch.autograd.grad(x, leaves, probe) for x in (out, expected))
+    for actual, wanted in zip(*gradients, strict=True):
+        assert_close(actual, wanted, "gradient")
+
+
+def _counts():
+    """Sources that count a few times, or not at all, and weigh as they count whatever a point weighs."""
+    V, W, L = normal(2, 4, 12), normal(2, 4, 12, seed=1), normal(2, 3, 12, seed=2)
+    counts = (torch.arange(1, 25) % 4).double().view(2, 1, 12)
+    counts[1, :, 3:] = 0
+    for options in ({}, {"radius": 1}):
+        inside = torch.from_numpy(oracle.window((3, 4), 1)) if options else None
+        for similarity in ("dot", "gaussian"):
+            affinity = Softmax(over="sources", similarity=similarity, **options)
+            sources = Pixels(V, L, counts, grid=(3, 4), points_per_source=0.3)
+            out = affinity.propagate(sources, Pixels(W, torch.zeros(2, 3, 1, dtype=F64), grid=(3, 4)))
+            wanted = propagation_cases.dense(L, V, W, counts[:, 0], inside, over="sources", similarity=similarity)
+            assert_close(out, wanted, "propagation")
+
+
+def _far_from_the_origin():
+    """float32 features whose spread is a thousandth of their mean: of the Gaussian, and as a matrix."""
+    shift = 1000 * torch.randn(1, 5, 1, 1)
+    logits, feats, targets = propagation_cases.inputs("attention", (4, 5), None, (4, 5), dtype=F32)
+    tensors = logits, feats + shift, targets + shift
+    for form, options in (("softmax", {}), ("attention", {}), ("attention", {"radius": 1})):
+        options = {"similarity": "gaussian", "normalize": None, **options}
+        actual = propagation_cases.propagate(form, *tensors, **options)
+        wanted = propagation_cases.expected(form, *tensors, **options)
+        error = abs(actual.double().numpy() - wanted).max()
+        assert error < 1e-3, f"propagation: error {error}"
+
+
+def _matrix():
+    """`derivative_similarity` of features about the origin and far from it."""
+    for dtype, shift, bound in ((F64, 0.0, 1e-12), (F32, 1000.0, 1e-3)):
+        V, W = ((normal(1, 5, m, seed=m) + shift * normal(1, 5, 1, seed=9)).to(dtype) for m in (6, 4))
+        actual = dlprop.derivative_similarity(V, W, similarity="gaussian", normalize=None)
+        S = oracle.affinity_matrix(V[0].double().numpy(), W[0].double().numpy(), (0.0, 1.0), similarity="gaussian")
+        error = abs(actual[0].double() - torch.from_numpy(S).exp()).max()
+        assert error < bound, f"propagation: error {error}"
 
 
 CASES = {
@@ -107,6 +195,19 @@ CASES = {
     "softmax of another image": lambda: _propagation("softmax", target_grid=(2, 5), normalize="l2"),
     "softmax, cosine": lambda: _propagation("softmax", similarity="cosine", weights=(4.0, 1.0)),
     "softmax gradients": _softmax_gradients,
+    "softmax, gaussian": lambda: _propagation("softmax", similarity="gaussian", target_grid=(3, 4), weights=(9.0, 4.0)),
+    "attention": lambda: _propagation("attention", weights=(9.0, 4.0), chunk_size=4),
+    "attention, cosine": lambda: _propagation("attention", similarity="cosine", target_grid=(2, 5), normalize="l2"),
+    "attention, gaussian": lambda: _propagation("attention", similarity="gaussian", weights=(9.0, 4.0)),
+    "attention gradients": _attention_gradients,
+    "window": lambda: _propagation("attention", target_grid=(3, 4), radius=1, dilation=(1, 2), weights=(9.0, 4.0)),
+    "window, gaussian": lambda: _propagation(
+        "attention", target_grid=(3, 4), similarity="gaussian", radius=2, weights=(9.0, 4.0)
+    ),
+    "window gradients": _window_gradients,
+    "counts": _counts,
+    "far from the origin": _far_from_the_origin,
+    "matrix": _matrix,
 }
 PAIRS = ["labels", "features"]
 ANCHORS = ["anchors, labels", "anchors, features"]
@@ -157,28 +258,93 @@ TILED = {
     "residual of the anchors for its sign": ("R.sign_()\n                    grad_rows", "grad_rows", ANCHORS),
     "log-sum-exp factor": ("(earlier - top).exp_() for", "torch.ones_like(top) for", ["softmax gradients"]),
     "sums not rescaled": ("x * factor for x", "x for x", ["softmax gradients"]),
-    "log-sum-exp without its largest": ("(top + total.log())", "total.log()", ["softmax gradients"]),
+    "log-sum-exp without its largest": (
+        "(top + total.log())[:, 0]\n        carried",
+        "total.log()[:, 0]\n        carried",
+        ["softmax gradients"],
+    ),
+    "attention's log-sum-exp without its largest": (
+        "(top + total.log())[:, 0]\n    return",
+        "total.log()[:, 0]\n    return",
+        ["attention gradients"],
+    ),
     "rows that do not sum to 1": (
         "carried = logits[n, i] / total",
         "carried = logits[n, i]",
         ["softmax", "softmax gradients"],
     ),
     "a chunk missing": (
-        "for i in _blocks(M, chunk, keys):",
-        "for i in _blocks(M, chunk, keys)[1:]:",
+        "for i in _blocks(M, chunk, keys):\n            size",
+        "for i in _blocks(M, chunk, keys)[1:]:\n            size",
         ["softmax", "softmax gradients"],
     ),
+    "a block of targets missing": (
+        "for i in _blocks(M, chunk, keys):\n            rows",
+        "for i in _blocks(M, chunk, keys)[1:]:\n            rows",
+        ["attention", "attention gradients"],
+    ),
+    "bias forgotten": ("        out += bias", "        pass", ["softmax gradients", "attention gradients", "counts"]),
+    "largest entry of one tile": (
+        "torch.maximum(top, P.amax(dim=1, keepdim=True))\n            P.sub_(highest)",
+        "P.amax(dim=1, keepdim=True)\n            P.sub_(highest)",
+        ["attention gradients"],
+    ),
+    "sum of earlier tiles not rescaled": ("total * factor + P.sum", "total + P.sum", ["attention gradients"]),
+    "what a target has not rescaled": (".mul_(factor.T).addmm_(", ".addmm_(", ["attention gradients"]),
+    "shares that do not sum to 1": ("out[n, :, i] /= total.T", "pass", ["attention", "attention gradients"]),
+    "no source divided by": (
+        "total = torch.where(total == 0, nothing[n], total)",
+        "pass",
+        ["attention gradients"],
+    ),
+    "largest entry of nothing": (
+        "torch.finfo(queries.dtype).min)",
+        "-torch.inf)",
+        ["attention gradients"],
+    ),
+    "gradient of the last tile's sources": (
+        "grad_logits[n, j].addmm_(P.T",
+        "grad_logits[n, j].zero_().addmm_(P.T",
+        ["attention gradients"],
+    ),
+    "attention's row sums": (".sub_(row_sums[n, i]))", ")", ["attention gradients"]),
+    "attention's row sums of the logits": (
+        "row_sums = (grad * out)",
+        "row_sums = (grad * grad)",
+        ["attention gradients"],
+    ),
+    "another image's row sums": ("row_sums[n, i]", "row_sums[0, i]", ["attention gradients"]),
     "softmax row sum": (".sub_(row_sum))", ")", ["softmax gradients"]),
     "row sum of another size": ("row_sum = (logits[n, i] *", "row_sum = (2 * logits[n, i] *", ["softmax gradients"]),
     "gradient of the last chunk's keys": (
-        "grad_keys[n, j].addmm_(",
-        "grad_keys[n, j].zero_().addmm_(",
+        ".sub_(row_sum))",
+        ".sub_(row_sum))\n            grad_keys[n, j] = 0",
         ["softmax gradients"],
     ),
     "gradient of the last tile's queries": (
-        "grad_queries[n, i].addmm_(",
-        "grad_queries[n, i].zero_().addmm_(",
+        ".sub_(row_sum))",
+        ".sub_(row_sum))\n            grad_queries[n, i] = 0",
         ["softmax gradients"],
+    ),
+    "gradient of the last chunk's bias": (
+        ".sub_(row_sum))",
+        ".sub_(row_sum))\n            grad_bias[n, j] = 0",
+        ["softmax gradients"],
+    ),
+    "gradient of the last targets' sources": (
+        ".sub_(row_sums[n, i]))",
+        ".sub_(row_sums[n, i]))\n            grad_keys[n, j] = 0",
+        ["attention gradients"],
+    ),
+    "gradient of the last sources' targets": (
+        ".sub_(row_sums[n, i]))",
+        ".sub_(row_sums[n, i]))\n            grad_queries[n, i] = 0",
+        ["attention gradients"],
+    ),
+    "gradient of the last targets' bias": (
+        ".sub_(row_sums[n, i]))",
+        ".sub_(row_sums[n, i]))\n            grad_bias[n, j] = 0",
+        ["attention gradients"],
     ),
     "gradient of the last tile's logits": (
         "grad_logits[n, i].addmm_(",
@@ -222,6 +388,61 @@ LOSS = {
     "anchors drawn from ignored pixels": ("lots.masked_fill(~valid, -1)", "lots", [*ANCHORS, "some anchors"]),
     "targets of other pixels": ("_at(anchors, g))", "_at(anchors.flip(1), g))", ANCHORS),
 }
+WINDOW = {
+    "bias forgotten": ("part += bias[source][0]", "pass", ["window", "window gradients", "counts"]),
+    "bias of the target": ("part += bias[source][0]", "part += bias[at][0]", ["window gradients", "counts"]),
+    "what lies beyond the border counts": (
+        "queries.shape[2]), -torch.inf)",
+        "queries.shape[2]), 0.0)",
+        ["window gradients", "window"],
+    ),
+    "offsets the other way": (
+        "in zip(offsets[::2], offsets[1::2], strict=True):",
+        "in ((-a, -b) for a, b in zip(offsets[::2], offsets[1::2], strict=True)):",
+        ["window gradients"],
+    ),
+    "columns for rows": (
+        "zip(offsets[::2], offsets[1::2], strict=True)",
+        "zip(offsets[1::2], offsets[::2], strict=True)",
+        ["window gradients"],
+    ),
+    "a band that forgets the one above": (
+        "first, last = max(top, -dy), ",
+        "first, last = max(top, top - dy), ",
+        ["window gradients"],
+    ),
+    "last rows dropped": ("range(0, H, height)", "range(0, H - height + 1, height)", ["window gradients"]),
+    "shares that do not sum to 1": ("P /= total", "pass", ["window", "window gradients"]),
+    "no source divided by": ("torch.where(is_alone, 1, total)", "total", ["window gradients"]),
+    "largest entry of nothing": ("torch.where(is_alone, 0, top)", "top", ["window gradients"]),
+    "logits of the target": (
+        "addcmul_(logits[n][source], share",
+        "addcmul_(logits[n][at], share",
+        ["window gradients"],
+    ),
+    "another image's logits": (
+        "addcmul_(logits[n][source], share",
+        "addcmul_(logits[0][source], share",
+        ["window gradients"],
+    ),
+    "gradient of the logits at the target": (
+        "grad_logits[n][source].addcmul_(grad[n][at]",
+        "grad_logits[n][at].addcmul_(grad[n][at]",
+        ["window gradients"],
+    ),
+    "gradient of the keys at the target": (
+        "grad_keys[n][source].addcmul_",
+        "grad_keys[n][at].addcmul_",
+        ["window gradients"],
+    ),
+    "gradient of the bias of the first image": (
+        "grad_bias[n][source] +=",
+        "grad_bias[0][source] +=",
+        ["window gradients"],
+    ),
+    "row sums forgotten": (" - (grad[n, :, rows] * out[n, :, rows]).sum(dim=0)", "", ["window gradients"]),
+    "row sums of other rows": ("* out[n, :, rows]).sum", "* out[n, :, rows].flip(1)).sum", ["window gradients"]),
+}
 LINEAR = {
     "counts not multiplied": ("L = sources.weighted(sources.logits)", "L = sources.logits", ["sum", "mean", "degree"]),
     "counts missing in the degree": (
@@ -240,30 +461,86 @@ LINEAR = {
     "sources not normalised": ("low_rank(L * norm,", "low_rank(L,", ["sum", "mean"]),
     "targets not normalised": ("self.scheme) * target_norm)", "self.scheme))", ["sum", "mean"]),
     "weights in reverse order": ("zip(self.weights, rows,", "zip(self.weights[::-1], rows,", ["cosine"]),
+    "sources for targets": (
+        "rows if W is V else self.unit_differences(W)",
+        "self.unit_differences(W.flip(2))",
+        ["cosine"],
+    ),
 }
 SOFTMAX = {
     "counts not multiplied": ("L = sources.weighted(sources.logits)", "L = sources.logits", ["softmax"]),
-    "weights in reverse order": ("zip(self.weights, rows,", "zip(self.weights[::-1], rows,", ["softmax, cosine"]),
-    "no metric": ("metric(V, self.weights, 1, self.scheme)", "V", ["softmax"]),
-    "metric in reverse order": ("metric(V, self.weights, 1,", "metric(V, self.weights[::-1], 1,", ["softmax"]),
+    "weights in reverse order": (
+        "zip(self.weights, units,",
+        "zip(self.weights[::-1], units,",
+        ["softmax, cosine"],
+    ),
+    "no metric": ("return metric(V, self.weights, 1, self.scheme)", "return V", ["softmax", "attention", "window"]),
+    "metric in reverse order": (
+        "return metric(V, self.weights, 1,",
+        "return metric(V, self.weights[::-1], 1,",
+        ["softmax", "attention", "window"],
+    ),
+    "orders of the targets reversed": (
+        "return rows, torch.cat(others",
+        "return rows, torch.cat(others[::-1]",
+        ["softmax, cosine", "attention, cosine"],
+    ),
+    "norms of the sources": ('x = V if self.over == "sources" else W', "x = V", ["softmax, gaussian"]),
+    "norms of the targets": ('x = V if self.over == "sources" else W', "x = W", ["window, gaussian"]),
+    "norms without the metric": (
+        "(x * metric(x, self.weights, 1, self.scheme))",
+        "(x * x)",
+        ["softmax, gaussian", "attention, gaussian", "window, gaussian"],
+    ),
+    "norms with the wrong sign": (".sum(dim=1) / -2", ".sum(dim=1) / 2", ["softmax, gaussian", "attention, gaussian"]),
+    "norms whole": (".sum(dim=1) / -2", ".sum(dim=1) / -1", ["softmax, gaussian", "attention, gaussian"]),
+    "squares about zero": ("is_same, V = W is V, V - origin", "is_same, origin = W is V, 0", ["far from the origin"]),
+    "origin of one side": ("W = V if is_same else W - origin", "pass", ["attention, gaussian"]),
+    "counts as they are": ("counts[:, 0].log()", "counts[:, 0]", ["attention", "counts"]),
+    "counts forgotten with the gaussian": (
+        "log if bias is None else log + bias",
+        "bias if bias is not None else log",
+        ["counts"],
+    ),
+    "gaussian forgotten with counts": ("log if bias is None else log + bias", "log", ["counts", "attention, gaussian"]),
+    "padding counts": ("counts.masked_fill(is_padding, 0)", "counts", ["counts"]),
+    "logits of other sources": (
+        "for x in (V, L, counts))\n    return V, L,",
+        "for x in (V, L.flip(2), counts))\n    return V, L,",
+        ["attention", "counts"],
+    ),
+    "counts of a window forgotten": ("bias = _times(sources.counts, bias)", "pass", ["window", "counts"]),
+    "one dilation of several": ("for d in dilations for a", "for d in dilations[:1] for a", ["window"]),
+    "offsets counted for every dilation": (
+        "return sorted({(d * a, d * b) for d in dilations for a, b in product(steps, steps)})",
+        "return sorted([(d * a, d * b) for d in dilations for a, b in product(steps, steps)])",
+        ["window"],
+    ),
+    "radius without its end": ("range(-radius, radius + 1)", "range(-radius, radius)", ["window", "window, gaussian"]),
 }
 ORDERS = {
     "differences in reverse order": (
-        "difference(x, q, 1,",
-        "difference(x, len(self.weights) - 1 - q, 1,",
+        "difference(V, q, 1,",
+        "difference(V, len(self.weights) - 1 - q, 1,",
         ["cosine", "softmax, cosine"],
     ),
     "differences without unit length": (
-        'normalize_features(difference(x, q, 1, self.scheme), "l2")',
-        "difference(x, q, 1, self.scheme)",
-        ["cosine"],
+        'normalize_features(difference(V, q, 1, self.scheme), "l2")',
+        "difference(V, q, 1, self.scheme)",
+        ["cosine", "attention, cosine"],
     ),
     "targets not normalised": (
         "targets.upsample(normalize_features(targets.feats, self.normalize))",
         "targets.upsample(targets.feats)",
         ["softmax of another image"],
     ),
-    "sources for targets": ("rows if W is V else unit(W)", "unit(W.flip(2))", ["cosine"]),
+}
+SIMILARITY = {
+    "distance not halved": ("(lengths + others.mT) / 2)", "(lengths + others.mT))", ["matrix"]),
+    "norms of the rows twice": ("(lengths + others.mT) / 2", "lengths", ["matrix"]),
+    "squares about zero": ("rows, columns = rows - origin, columns - origin", "pass", ["matrix"]),
+    "origin of one side": ("rows, columns = rows - origin, columns - origin", "rows = rows - origin", ["matrix"]),
+    "no exponential": ("torch.exp(rows", "(rows", ["matrix"]),
 }
 FEATURES = {
     "adjoint of the logits replaced by a resize": (
@@ -289,10 +566,12 @@ FEATURES = {
 }
 MUTANTS = {
     "_kernels.tiled": TILED,
+    "_kernels.window": WINDOW,
     "loss": LOSS,
     "affinity.linear": LINEAR,
     "affinity.softmax": SOFTMAX,
     "affinity._orders": ORDERS,
+    "similarity": SIMILARITY,
     "features": FEATURES,
 }
 
@@ -313,6 +592,8 @@ def replace(monkeypatch):
         exec(compile(source.replace(right, wrong) if right else source, module.__file__, "exec"), vars(mutant))
         if name == "_kernels.tiled":
             mutant.CPU_TILE_BYTES = TILE_BYTES
+        if name == "_kernels.window":
+            mutant.CPU_BAND_BYTES = BAND_BYTES
         for key, new in list(vars(mutant).items()):
             if getattr(new, "__module__", None) != module.__name__:
                 continue

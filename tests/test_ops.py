@@ -33,6 +33,7 @@ F64, F32 = torch.float64, torch.float32
 FORMS = pytest.mark.parametrize("form", ["labels", "features"])
 ANCHORS = pytest.mark.parametrize("anchors", [False, True])
 BACKENDS = pytest.mark.parametrize("backend", ["tiled", "auto"])
+OFFSETS = ((-1, 0), (0, 0), (0, 2), (1, -1))
 
 
 def _inputs(form, anchors, **shape):
@@ -44,8 +45,44 @@ def _pairs(*inputs, tile=3, backend="auto", need_grad=True):
     return OPS.pairwise_l1(*inputs, tile, backend, need_grad)
 
 
-def _affinity(logits, queries, keys, chunk=3, backend="auto"):
-    return OPS.softmax_affinity(logits, queries, keys, chunk, backend)
+def _affinity(logits, queries, keys, bias=None, over_sources=False, chunk=3, backend="auto"):
+    return OPS.softmax_affinity(logits, queries, keys, bias, over_sources, chunk, backend)
+
+
+def _attention(*inputs, **options):
+    return _affinity(*inputs, over_sources=True, **options)
+
+
+def _window(logits, queries, keys, bias=None):
+    return OPS.window_affinity(logits, queries, keys, bias, [step for offset in OFFSETS for step in offset])
+
+
+def _attention_inputs(biased=True, N=2, C=3, E=5, M=7, K=4, dtype=F64, device="cpu"):
+    """(logits, queries, keys, bias): the logits are the keys', one of which has a bias of -inf."""
+    shapes = (N, K, C), (N, M, E), (N, K, E), (N, K)
+    *pixels, bias = (normal(*shape, seed=seed, dtype=dtype, device=device) for seed, shape in enumerate(shapes))
+    bias[:, 1:2] = -torch.inf
+    return *pixels, bias if biased else None
+
+
+def _window_inputs(biased=True, N=2, C=3, E=5, H=3, W=4, dtype=F64, device="cpu"):
+    """The same as images."""
+    shapes = (N, C, H, W), (N, E, H, W), (N, E, H, W), (N, 1, H, W)
+    *pixels, bias = (normal(*shape, seed=seed, dtype=dtype, device=device) for seed, shape in enumerate(shapes))
+    bias[..., 1, 2] = -torch.inf
+    return *pixels, bias if biased else None
+
+
+# Every affinity with the inputs that it takes.
+AFFINITIES = {
+    "over targets": (_affinity, affinity_inputs),
+    "over targets, biased": (_affinity, lambda **k: (*affinity_inputs(**k), _attention_inputs(**k)[3])),
+    "over sources": (_attention, partial(_attention_inputs, biased=False)),
+    "over sources, biased": (_attention, _attention_inputs),
+    "window": (_window, partial(_window_inputs, biased=False)),
+    "window, biased": (_window, _window_inputs),
+}
+every_affinity = pytest.mark.parametrize("affinity", AFFINITIES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,9 +108,40 @@ def test_pairwise_l1(form, anchors, backend, device):
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_softmax_affinity(backend, chunk, device):
     inputs = affinity_inputs(device=device)
-    out, lse = _affinity(*inputs, chunk, backend)
+    out, lse = _affinity(*inputs, chunk=chunk, backend=backend)
     assert_close(out, expected_affinity(*inputs), "propagation")
     assert_close(lse, (inputs[1] @ inputs[2].mT).logsumexp(2).cpu(), "propagation")
+
+
+@BACKENDS
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("over_sources", [False, True])
+def test_softmax_affinity_with_a_bias(over_sources, backend, chunk, device):
+    logits, queries, keys, bias = _attention_inputs(device=device)
+    S = queries @ keys.mT + bias[:, None]
+    logits = logits if over_sources else normal(2, 7, 3, device=device)
+    out, lse = _affinity(logits, queries, keys, bias, over_sources, chunk, backend)
+    assert_close(out, ((S.softmax(2) if over_sources else S.softmax(2).mT) @ logits).cpu(), "propagation")
+    assert_close(lse, S.logsumexp(2).cpu(), "propagation")
+    if over_sources:  # without a source nothing is received
+        out, _ = _attention(logits, queries, keys, torch.full_like(bias, -torch.inf), chunk=chunk, backend=backend)
+        assert (out == 0).all()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_window_affinity(biased, device):
+    logits, queries, keys, bias = _window_inputs(biased, device=device)
+    N, C, H, W = logits.shape
+    S = torch.full((N, H, W, len(OFFSETS)), -torch.inf, dtype=F64)
+    neighbours = torch.zeros(N, H, W, len(OFFSETS), C, dtype=F64)
+    for n, y, x, (o, (dy, dx)) in itertools.product(range(N), range(H), range(W), enumerate(OFFSETS)):
+        if 0 <= y + dy < H and 0 <= x + dx < W:
+            S[n, y, x, o] = queries[n, :, y, x] @ keys[n, :, y + dy, x + dx]
+            S[n, y, x, o] += bias[n, 0, y + dy, x + dx] if biased else 0
+            neighbours[n, y, x, o] = logits[n, :, y + dy, x + dx]
+    out, lse = _window(logits, queries, keys, bias)
+    assert_close(out, torch.einsum("nhwo,nhwoc->nchw", S.softmax(3), neighbours), "propagation")
+    assert_close(lse, S.logsumexp(3)[:, None], "propagation")
 
 
 @FORMS
@@ -83,31 +151,62 @@ def test_an_empty_batch(form, anchors):
     assert value.shape == (0,)
     assert gradient.shape == (0, 7, 5)
     assert column_gradient.shape == ((0, 3, 5) if anchors else (0,))
-    assert _affinity(*affinity_inputs(N=0))[0].shape == (0, 4, 3)
+
+
+@every_affinity
+def test_an_empty_batch_of_an_affinity(affinity):
+    op, inputs = AFFINITIES[affinity]
+    leaves = _leaves(inputs(N=0))
+    whole, lse = op(*inputs())
+    out, none = op(*leaves)
+    assert out.shape == (0, *whole.shape[1:])
+    assert none.shape == (0, *lse.shape[1:])
+    out.sum().backward()
+    assert all(x.grad.shape == x.shape for x in leaves if x is not None)
+
+
+def _strided(x):
+    return None if x is None else torch.stack((x, x), dim=-1)[..., 0]
 
 
 @FORMS
 @ANCHORS
 def test_strides_do_not_matter(form, anchors):
-    def strided(x):
-        return None if x is None else torch.stack((x, x), dim=-1)[..., 0]
-
     inputs = _inputs(form, anchors)
-    for x, y in zip(_pairs(*inputs), _pairs(*map(strided, inputs)), strict=True):
+    for x, y in zip(_pairs(*inputs), _pairs(*map(_strided, inputs)), strict=True):
         assert torch.equal(x, y)
-    inputs = affinity_inputs()
-    for x, y in zip(_affinity(*inputs), _affinity(*map(strided, inputs)), strict=True):
-        assert torch.equal(x, y)
+
+
+@every_affinity
+def test_strides_do_not_matter_to_an_affinity(affinity):
+    op, inputs = AFFINITIES[affinity]
+    for x, y in zip(op(*inputs()), op(*map(_strided, inputs())), strict=True):
+        assert_close(x, y, "propagation")
 
 
 @FORMS
 @ANCHORS
 def test_autocast_does_not_reach_inside(form, anchors):
-    inputs, logits = _inputs(form, anchors, dtype=F32), affinity_inputs(dtype=F32)
-    expected = _pairs(*inputs), _affinity(*logits)
+    inputs = _inputs(form, anchors, dtype=F32)
+    expected = _pairs(*inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = _pairs(*inputs), _affinity(*logits)
-    for x, y in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
+        actual = _pairs(*inputs)
+    for x, y in zip(actual, expected, strict=True):
+        assert x.dtype == F32
+        assert torch.equal(x, y)
+
+
+@every_affinity
+def test_autocast_does_not_reach_inside_an_affinity(affinity):
+    op, inputs = AFFINITIES[affinity]
+    found = []
+    for enabled in (False, True):
+        leaves = _leaves(inputs(dtype=F32))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out, lse = op(*leaves)
+            (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        found.append((out, lse, *(x.grad for x in leaves if x is not None)))
+    for x, y in zip(*found, strict=True):
         assert x.dtype == F32
         assert torch.equal(x, y)
 
@@ -125,7 +224,8 @@ def _calls():
         else:
             call = lambda x, g=target: _pairs(x, g, None, None)[0]  # noqa: E731
         yield f"pairwise_l1 {form} {anchors=}", call, (rows,)
-    yield "softmax_affinity", lambda *x: _affinity(*x)[0], affinity_inputs()
+    for name, (op, inputs) in AFFINITIES.items():
+        yield name, lambda *x, op=op: op(*x)[0], tuple(x for x in inputs() if x is not None)
 
 
 CALLS = {name: (call, inputs) for name, call, inputs in _calls()}
@@ -133,14 +233,33 @@ every_call = pytest.mark.parametrize("name", CALLS)
 
 
 def _leaves(inputs):
-    return [x.clone().requires_grad_() for x in inputs]
+    return [None if x is None else x.clone().requires_grad_() for x in inputs]
 
 
 @every_call
 def test_gradcheck(name):
-    # Seeds chosen so that no residual is near 0: gradcheck steps by 1e-6.
+    # Seeds chosen so that no residual is near 0: gradcheck steps by 1e-6. A bias of -inf it can't step from.
     call, inputs = CALLS[name]
+    inputs = [x.nan_to_num(neginf=-3.0) for x in inputs]
     assert gradcheck(call, _leaves(inputs))
+
+
+@pytest.mark.parametrize("affinity", [name for name in AFFINITIES if "biased" in name])
+def test_keys_with_a_bias_of_minus_infinity_receive_no_gradient(affinity):
+    op, inputs = AFFINITIES[affinity]
+    for everywhere in (False, True) if op is not _affinity else (False,):
+        values = inputs()
+        if everywhere:
+            values[3].fill_(-torch.inf)
+        logits, _, keys, bias = leaves = _leaves(values)
+        out, _ = op(*leaves)
+        out.backward(torch.linspace(-1, 2, out.numel(), dtype=F64).view_as(out))
+        assert all(x.grad.isfinite().all() for x in leaves)
+        left_out = bias.isneginf()
+        assert (bias.grad[left_out] == 0).all()
+        of_keys = keys.grad.movedim(1, -1)[left_out[:, 0]] if op is _window else keys.grad[left_out]
+        assert (of_keys == 0).all()
+        assert logits.grad.any() != everywhere
 
 
 @every_call
@@ -196,14 +315,19 @@ def test_inputs_are_never_modified(name):
 def test_forward_mode_is_refused():
     # A custom op would drop the tangent without a word.
     rows, target = pair_inputs("features")
-    inputs = affinity_inputs()
+    calls = {
+        _ops.softmax_affinity: (*affinity_inputs(), torch.zeros(2, 4, dtype=F64)),
+        partial(_ops.softmax_affinity, over_sources=True): _attention_inputs(),
+        partial(_ops.window_affinity, offsets=OFFSETS): _window_inputs(),
+    }
     with forward_ad.dual_level():
         with pytest.raises(RuntimeError, match=r"dlprop.*forward-mode"):
             _ops.pairwise_l1(forward_ad.make_dual(rows, rows), target)
-        for position, x in enumerate(inputs):
-            dual = [*inputs[:position], forward_ad.make_dual(x, x), *inputs[position + 1 :]]
-            with pytest.raises(RuntimeError, match=r"dlprop.*forward-mode"):
-                _ops.softmax_affinity(*dual, None, "auto")
+        for call, inputs in calls.items():
+            for position, x in enumerate(inputs[:3]):
+                dual = [*inputs[:position], forward_ad.make_dual(x, x), *inputs[position + 1 :]]
+                with pytest.raises(RuntimeError, match=r"dlprop.*forward-mode"):
+                    call(*dual)
 
 
 class _Recorder(TorchDispatchMode):
@@ -241,18 +365,21 @@ def test_the_loss_computes_a_gradient_only_for_those_who_will_ask(num_anchors):
     assert recorder.calls[0][1][-1] is False
 
 
-def test_the_affinity_computes_only_the_gradients_that_are_asked_for():
-    for wanted in itertools.product((True, False), repeat=3):
+@every_affinity
+def test_an_affinity_computes_only_the_gradients_that_are_asked_for(affinity):
+    op, inputs = AFFINITIES[affinity]
+    given = [x for x in inputs() if x is not None]
+    for wanted in itertools.product((True, False), repeat=len(given)):
         if not any(wanted):
             continue
-        inputs = [x.requires_grad_(need) for x, need in zip(affinity_inputs(), wanted, strict=True)]
-        out = _affinity(*inputs)[0]
+        leaves = [x.clone().requires_grad_(need) for x, need in zip(given, wanted, strict=True)]
+        out = op(*leaves, *[None] * (4 - len(leaves)))[0]
         with _Recorder() as recorder:
             out.sum().backward()
         ((name, args),) = recorder.calls
-        assert name == "dlprop::softmax_affinity_backward"
-        assert args[-2:] == wanted[1:]
-        assert [x.grad is not None for x in inputs] == list(wanted)
+        assert name == f"dlprop::{'window' if op is _window else 'softmax'}_affinity_backward"
+        assert args[-3:] == (*wanted[1:], *[False] * (4 - len(wanted)))
+        assert [x.grad is not None for x in leaves] == list(wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F32, F64])
@@ -262,7 +389,10 @@ def test_only_single_and_double_precision_reach_the_ops(dtype):
         DerivativeLoss()(feats, feats.detach().flip(1)).backward()
         DerivativeLoss(num_anchors=3)(feats, torch.zeros(2, 7, dtype=torch.int64)).backward()
         DerivativeLabelPropagation("softmax")(logits, feats).sum().backward()
-    assert len(recorder.calls) == 2 + 2 + 2
+        DerivativeLabelPropagation("attention")(logits, feats).sum().backward()
+        window = DerivativeLabelPropagation(Softmax(over="sources", radius=1, similarity="gaussian"))
+        window(logits[..., None], feats[..., None], mask=torch.arange(14).view(2, 7, 1) % 3 > 0).sum().backward()
+    assert len(recorder.calls) == 2 + 2 + 2 + 2 + 2
     for _, args in recorder.calls:
         seen = {x.dtype for x in args if isinstance(x, torch.Tensor)}
         assert seen <= {F64 if dtype == F64 else F32, torch.int32}
@@ -294,29 +424,40 @@ def test_vmap_of_the_pairs_is_a_loop(form, anchors, need_grad):
         assert torch.equal(x, torch.stack(y))
 
 
-def test_vmap_of_the_affinity_is_a_loop():
-    stacked = [x.unflatten(0, (3, 2)) for x in affinity_inputs(N=6)]
-    for in_dims in itertools.product((0, None), repeat=3):
-        if in_dims == (None, None, None):
+@every_affinity
+def test_vmap_of_an_affinity_is_a_loop(affinity):
+    op, inputs = AFFINITIES[affinity]
+    stacked = [x.unflatten(0, (3, 2)) for x in inputs(N=6) if x is not None]
+
+    def call(*x):
+        return op(*x, *[None] * (4 - len(x)))
+
+    for in_dims in itertools.product((0, None), repeat=len(stacked)):
+        if not any(at == 0 for at in in_dims):
             continue
         given = [x if at == 0 else x[0] for x, at in zip(stacked, in_dims, strict=True)]
         each = zip(*(x if at == 0 else [x] * 3 for x, at in zip(given, in_dims, strict=True)), strict=True)
-        expected = [torch.stack(x) for x in zip(*(_affinity(*x) for x in each), strict=True)]
-        for x, y in zip(torch.func.vmap(_affinity, in_dims)(*given), expected, strict=True):
+        expected = [torch.stack(x) for x in zip(*(call(*x) for x in each), strict=True)]
+        for x, y in zip(torch.func.vmap(call, in_dims)(*given), expected, strict=True):
             assert torch.equal(x, y)
 
 
-def test_vmap_of_vmap_and_of_gradients():
-    logits, queries, keys = (x.unflatten(0, (3, 2, 2)) for x in affinity_inputs(N=12))
+@every_affinity
+def test_vmap_of_vmap_and_of_gradients(affinity):
+    op, inputs = AFFINITIES[affinity]
+    stacked = [x.unflatten(0, (3, 2, 2)) for x in inputs(N=12) if x is not None]
+    call = partial(_ops.window_affinity, offsets=OFFSETS)
+    if op is not _window:
+        call = partial(_ops.softmax_affinity, over_sources=op is _attention, chunk=3, backend="auto")
 
     def weighed(*x):
-        out = _ops.softmax_affinity(*x, 3, "auto")
+        out = call(*x, *[None] * (4 - len(x)))
         return (out * torch.arange(out.numel(), dtype=F64).view(out.shape)).sum()
 
-    gradients = torch.func.grad(weighed, argnums=(0, 1, 2))
-    twice = torch.func.vmap(torch.func.vmap(gradients))(logits, queries, keys)
+    gradients = torch.func.grad(weighed, argnums=tuple(range(len(stacked))))
+    twice = torch.func.vmap(torch.func.vmap(gradients))(*stacked)
     for i, j in itertools.product(range(3), range(2)):
-        leaves = _leaves((logits[i, j], queries[i, j], keys[i, j]))
+        leaves = _leaves([x[i, j] for x in stacked])
         for x, y in zip(twice, torch.autograd.grad(weighed(*leaves), leaves), strict=True):
             assert_close(x[i, j], y, "gradient")
 
@@ -342,15 +483,17 @@ def test_kernels_are_found_through_the_table(monkeypatch):
 
         return kernel
 
-    names = ("pairwise_l1", "pairwise_l1_cross", "softmax_affinity", "softmax_affinity_backward")
+    names = ["pairwise_l1", "pairwise_l1_cross", "softmax_affinity", "softmax_affinity_backward"]
+    names += ["attention", "attention_backward"]
     monkeypatch.setitem(sys.modules, "dlprop._kernels.spy", SimpleNamespace(**{name: spy(name) for name in names}))
     monkeypatch.setitem(_ops.KERNELS, "auto", "spy")
     feats, target = normal(2, 5, 7).requires_grad_(), normal(2, 5, 7, seed=1)
     for backend in ("tiled", "auto"):
         DerivativeLoss(max_order=0, backend=backend)(feats, target)
         DerivativeLoss(max_order=0, backend=backend, num_anchors=2)(feats, target)
-        DerivativeLabelPropagation(Softmax(backend=backend))(target, feats).sum().backward()
-        assert asked == ([] if backend == "tiled" else list(names))
+        for over in ("targets", "sources"):
+            DerivativeLabelPropagation(Softmax(over=over, backend=backend))(target, feats).sum().backward()
+        assert asked == ([] if backend == "tiled" else names)
 
 
 def test_an_explicit_backend_says_what_it_lacks(monkeypatch):
@@ -358,7 +501,7 @@ def test_an_explicit_backend_says_what_it_lacks(monkeypatch):
     monkeypatch.setattr(_ops, "find_spec", lambda _: None)
     for call in (
         lambda: _pairs(rows, target, None, None, backend="triton"),
-        lambda: _affinity(*affinity_inputs(), 3, "triton"),
+        lambda: _affinity(*affinity_inputs(), backend="triton"),
     ):
         with pytest.raises(ValueError, match=r"backend='triton' cannot run here: Triton is not installed.*'auto'"):
             call()
@@ -384,22 +527,35 @@ def test_opcheck_of_the_pairs(form, anchors, backend, device):
     opcheck(op, (rows, *others, 3, backend, False), test_utils=_ALL_CHECKS)
 
 
+def _backward_call(op, inputs):
+    """The op of the gradient with the arguments that autograd gives it."""
+    out = op(*_leaves(inputs))[0]
+    with _Recorder() as recorder:
+        out.sum().backward()
+    ((name, args),) = recorder.calls
+    args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
+    return getattr(OPS, name.split("::")[1]).default, args
+
+
 # opcheck itself looks at the .grad of tensors that are no leaves, and torch warns about it.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@BACKENDS
-def test_opcheck_of_the_affinity(backend, device):
-    inputs = affinity_inputs(device=device)
-    leaves = tuple(x.clone().requires_grad_() for x in inputs)
-    opcheck(OPS.softmax_affinity.default, (*leaves, 3, backend), test_utils=_ALL_CHECKS)
-    out, lse = _affinity(*inputs, None, backend)
-    for need in ((False, True), (True, False)):
-        arguments = (torch.ones_like(out), *inputs, lse, None, backend, *need)
-        opcheck(OPS.softmax_affinity_backward.default, arguments, test_utils=_ALL_CHECKS)
+@every_affinity
+def test_opcheck_of_an_affinity(affinity, device):
+    op, inputs = AFFINITIES[affinity]
+    tensors = inputs(device=device)
+    with _Recorder() as recorder:
+        op(*tensors)
+    ((name, args),) = recorder.calls
+    opcheck(getattr(OPS, name.split("::")[1]).default, (*_leaves(args[:4]), *args[4:]), test_utils=_ALL_CHECKS)
+    backward, args = _backward_call(op, tensors)
+    for need in ((False, True, False), (True, False, args[4] is not None)):
+        opcheck(backward, (*args[:-3], *need), test_utils=_ALL_CHECKS)
 
 
 def test_every_op_is_checked_here():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dlprop::")}
-    assert registered == {"pairwise_l1", "softmax_affinity", "softmax_affinity_backward"}
+    affinities = {f"{name}_affinity{which}" for name in ("softmax", "window") for which in ("", "_backward")}
+    assert registered == {"pairwise_l1"} | affinities
 
 
 def _wrong_pairs():
@@ -416,10 +572,29 @@ def _wrong_affinities():
     yield "another number of logits", (logits[:, 1:], queries, keys)
     yield "another batch of logits", (logits[:1], queries, keys)
     yield "keys of another width", (logits, queries, keys[..., 1:])
+    yield "a bias of the queries", (logits, queries, keys, torch.zeros(2, 7))
+
+
+def _wrong_attentions():
+    logits, queries, keys, bias = _attention_inputs()
+    yield "logits of the queries", (queries[..., :3], queries, keys, bias)
+    yield "another batch of keys", (logits, queries, keys[:1], bias)
+    yield "a bias without a batch", (logits, queries, keys, bias[0])
+
+
+def _wrong_windows():
+    logits, queries, keys, bias = _window_inputs()
+    yield "logits of another grid", (logits[..., 1:], queries, keys, bias)
+    yield "keys of another grid", (logits, queries, keys.mT, bias)
+    yield "keys of another width", (logits, queries, keys[:, 1:], bias)
+    yield "another batch of logits", (logits[:1], queries, keys, bias)
+    yield "a bias of another grid", (logits, queries, keys, bias[..., 1:])
 
 
 WRONG = {f"pairs: {name}": (_pairs, x) for name, x in _wrong_pairs()}
 WRONG |= {f"affinity: {name}": (_affinity, x) for name, x in _wrong_affinities()}
+WRONG |= {f"attention: {name}": (_attention, x) for name, x in _wrong_attentions()}
+WRONG |= {f"window: {name}": (_window, x) for name, x in _wrong_windows()}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -431,10 +606,14 @@ def test_the_compiler_refuses_what_disagrees(name):
         op(*fakes)
 
 
-def test_the_compiler_refuses_a_gradient_of_another_shape():
+@every_affinity
+def test_the_compiler_refuses_a_gradient_of_another_shape(affinity):
+    backward, (grad, *args) = _backward_call(AFFINITIES[affinity][0], AFFINITIES[affinity][1]())
     mode = FakeTensorMode()
-    logits, queries, keys = (mode.from_tensor(x) for x in affinity_inputs())
+    args = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
+    grad = mode.from_tensor(grad)
     with mode:
-        out, lse = _affinity(logits, queries, keys)
-        with pytest.raises(RuntimeError, match="must agree"):
-            OPS.softmax_affinity_backward(out[:, 1:], logits, queries, keys, lse, 3, "auto", True, True)
+        backward(grad, *args)
+        for wrong in (grad[1:], grad[:, 1:], grad[..., 1:]):
+            with pytest.raises(RuntimeError, match="must"):
+                backward(wrong, *args)

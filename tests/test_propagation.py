@@ -19,7 +19,18 @@ from dlprop.propagation import derivative_label_propagation
 
 from .oracles import features
 from .oracles import propagation as oracle
-from .propagation_cases import FORMS, SIMILARITIES, NearestMean, case, expected, inputs, make, propagate, random_mask
+from .propagation_cases import (
+    FORMS,
+    KINDS,
+    SIMILARITIES,
+    NearestMean,
+    case,
+    expected,
+    inputs,
+    make,
+    propagate,
+    random_mask,
+)
 from .strategies import operators, seeds
 from .tolerances import assert_close
 
@@ -27,6 +38,7 @@ SCHEMES = features.SCHEMES
 NORMALIZATIONS = features.NORMALIZATIONS
 forms = pytest.mark.parametrize("form", FORMS)
 similarities = pytest.mark.parametrize("similarity", SIMILARITIES)
+kinds = pytest.mark.parametrize(("form", "similarity"), KINDS)
 resolutions = pytest.mark.parametrize("resolution", ["feats", "logits"])
 
 
@@ -36,8 +48,7 @@ resolutions = pytest.mark.parametrize("resolution", ["feats", "logits"])
 @pytest.mark.parametrize("align_corners", [True, False])
 @resolutions
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@similarities
-@forms
+@kinds
 def test_every_combination(form, similarity, normalize, resolution, align_corners):
     """Masked or not, own or other targets on the same or another grid, up, down and across, in two precisions."""
     options = {
@@ -65,8 +76,7 @@ def test_every_combination(form, similarity, normalize, resolution, align_corner
 
 @pytest.mark.parametrize("max_order", [0, 1, 2, 3])
 @pytest.mark.parametrize("scheme", SCHEMES)
-@similarities
-@forms
+@kinds
 def test_schemes_orders_and_weights(form, similarity, scheme, max_order):
     options = {"similarity": similarity, "scheme": scheme}
     D = max_order * features.STEP[scheme] + 2
@@ -111,8 +121,7 @@ def test_other_targets_are_not_the_sources(form, resolution):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @resolutions
-@similarities
-@forms
+@kinds
 def test_dtypes(form, similarity, resolution, dtype, device):
     """Half-precision inputs are propagated in float32: the result carries one rounding."""
     options = {"similarity": similarity, "resolution": resolution}
@@ -128,10 +137,10 @@ def test_dtypes(form, similarity, resolution, dtype, device):
 # Properties
 
 
-@given(st.sampled_from(list(FORMS)), st.sampled_from(SIMILARITIES), operators(max_order=2, max_channels=7), seeds)
-def test_linear_in_logits(form, similarity, operator, seed):
+@given(st.sampled_from(KINDS), operators(max_order=2, max_channels=7), seeds)
+def test_linear_in_logits(kind, operator, seed):
     """Also the degree's fallback: features of any sign."""
-    D, max_order, scheme = operator
+    (form, similarity), (D, max_order, scheme) = kind, operator
     torch.manual_seed(seed)
     logits, feats, _ = inputs("sum", (2, 4), D=D)
     options = {"similarity": similarity, "weights": (1.0,) * (max_order + 1), "scheme": scheme}
@@ -146,9 +155,10 @@ def test_linear_in_logits(form, similarity, operator, seed):
     torch.testing.assert_close(combined, separate, rtol=0, atol=1e-8 * scale)
 
 
-@given(st.sampled_from(list(FORMS)), st.sampled_from(SIMILARITIES), seeds)
-def test_pixel_permutation_equivariance(form, similarity, seed):
+@given(st.sampled_from(KINDS), seeds)
+def test_pixel_permutation_equivariance(kind, seed):
     """Sources in any order give the same; targets in any order are permuted alike."""
+    form, similarity = kind
     torch.manual_seed(seed)
     logits, feats, target_feats = inputs(form, (7,), None, (5,))
     sources, targets = torch.randperm(7), torch.randperm(5)
@@ -218,8 +228,7 @@ def test_every_source_counts_once(stride, align_corners):
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
-@similarities
-@forms
+@kinds
 def test_no_click_is_lost(form, similarity, align_corners):
     """20 clicks of 6 classes on 320 x 227 pixels, features at stride 8: every class that was clicked arrives."""
     classes, size, grid = 6, (227, 320), (29, 40)
@@ -271,8 +280,7 @@ def test_an_image_without_a_source(form, resolution):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @resolutions
-@similarities
-@forms
+@kinds
 def test_non_finite_logits_of_a_masked_pixel_do_not_leak(form, similarity, resolution, value):
     options = {"resolution": resolution, "similarity": similarity}
     for grid in ((3, 2), (5, 4)):
@@ -294,10 +302,12 @@ def test_non_finite_logits_of_a_masked_pixel_do_not_leak(form, similarity, resol
 
 
 @pytest.mark.parametrize("grid", [(3, 3), (5, 4)])
-@similarities
-@forms
+@pytest.mark.parametrize(("form", "similarity"), [kind for kind in KINDS if kind[0] != "attention"])
 def test_features_of_masked_sources_must_be_finite(form, similarity, grid):
-    """They are neither copied nor masked, and 0 times NaN is NaN: what is wrong with them shows."""
+    """They are neither copied nor masked, and 0 times NaN is NaN: what is wrong with them shows.
+
+    Attention may leave them out altogether.
+    """
     logits, feats, targets = inputs(form, grid, (3, 3), (2, 2), N=1)
     mask = torch.ones(1, *grid, dtype=torch.bool)
     mask[0, 1, 1] = False
@@ -325,7 +335,7 @@ class NewTensors(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("normalize", ["l1", None])
-@pytest.mark.parametrize("form", ["sum", "mean", "softmax"])
+@pytest.mark.parametrize("form", ["sum", "mean", "softmax", "attention"])
 @resolutions
 def test_a_mask_copies_no_features(form, resolution, normalize):
     """Forward and backward, it makes no tensor of the features' size more than a call without one."""
@@ -367,8 +377,7 @@ def test_empty_batch(form, resolution):
     assert flat.shape == (0, 3, 20)
 
 
-@similarities
-@forms
+@kinds
 def test_one_pixel_one_class_and_the_fewest_channels(form, similarity):
     logits = torch.tensor([[[[3.0]]]], dtype=torch.float64)
     feats = torch.tensor([[[[1.0]], [[3.0]]]], dtype=torch.float64)
@@ -383,8 +392,7 @@ def test_one_pixel_one_class_and_the_fewest_channels(form, similarity):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@similarities
-@forms
+@kinds
 def test_zero_features_have_zero_gradient(form, similarity, dtype):
     logits, feats, _ = inputs(form, (2, 3), dtype=dtype)
     feats[:, :, 1, 1] = 0
@@ -406,19 +414,23 @@ def test_zero_features_have_zero_gradient(form, similarity, dtype):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@similarities
-@forms
+@kinds
 def test_non_finite_features_are_not_hidden(form, similarity, normalize, value):
-    """One source that is no number leaves no target with one; the fallback of the degree does not hide it."""
+    """One source that is no number leaves no target with one; the fallback of the degree does not hide it.
+
+    Of an infinite feature S_ij may be -inf, which is a weight of zero.
+    """
     options = {"similarity": similarity, "normalize": normalize}
     logits, feats, target_feats = inputs(form, (2, 3), None, (4, 1), N=1)
     bad = feats.clone()
     bad[0, 1, 1, 1] = value
-    assert not propagate(form, logits, bad, **options).isfinite().any()
-    assert not propagate(form, logits, bad, target_feats, **options).isfinite().any()
+    is_far = normalize is None and value == float("inf")
+    if not (form == "attention" and is_far):
+        assert not propagate(form, logits, bad, **options).isfinite().any()
+        assert not propagate(form, logits, bad, target_feats, **options).isfinite().any()
     target_feats[0, 1, 2] = value
     out = propagate(form, logits, feats, target_feats, **options)
-    if (form, normalize, value) != ("softmax", None, float("inf")):  # where S_ij = -inf is a weight of zero
+    if not (form == "softmax" and is_far):
         assert not out[..., 2, :].isfinite().any()
     if form != "softmax":  # there every source's normaliser has met the target
         assert out[..., [0, 1, 3], :].isfinite().all()
@@ -434,7 +446,7 @@ def test_non_finite_logits_show(form, value):
     assert out[0, [0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("form", ["mean", "degree", "softmax"])
+@pytest.mark.parametrize("form", ["mean", "degree", "softmax", "attention"])
 def test_half_precision_sums_do_not_overflow(form):
     """The sums over pixels pass float16's largest number, 65,504, though the result does not."""
     logits = torch.full((1, 2, 48, 48), 200.0, dtype=torch.float16)
@@ -460,8 +472,7 @@ def strided(x):
 
 
 @resolutions
-@similarities
-@forms
+@kinds
 def test_strides_do_not_matter_and_inputs_are_left_alone(form, similarity, resolution):
     options = {"similarity": similarity, "resolution": resolution}
     for grid in ((3, 2), (5, 4)):
@@ -494,8 +505,7 @@ def test_one_image_expanded_to_a_batch(form):
 
 @pytest.mark.parametrize("cross", [False, True])
 @resolutions
-@similarities
-@forms
+@kinds
 def test_gradcheck(form, similarity, resolution, cross):
     """Every entry of every Jacobian, in float64, resized both ways, with a mask."""
     options = {"similarity": similarity, "resolution": resolution}
@@ -509,8 +519,7 @@ def test_gradcheck(form, similarity, resolution, cross):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@similarities
-@forms
+@kinds
 def test_gradcheck_of_every_normalisation_and_scheme(form, similarity, normalize, scheme):
     options = {"similarity": similarity, "normalize": normalize, "scheme": scheme, "weights": (1, 0.5)}
     logits, feats, _ = inputs(form, (2, 2), N=2, C=2, D=4)
@@ -520,8 +529,7 @@ def test_gradcheck_of_every_normalisation_and_scheme(form, similarity, normalize
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @resolutions
-@similarities
-@forms
+@kinds
 def test_gradients_of_lower_precision(form, similarity, resolution, dtype):
     """As in float64 at the same values, up to the roundings of the table."""
     options = {"similarity": similarity, "resolution": resolution}
@@ -649,10 +657,15 @@ def test_module_is_the_function(affinity):
 
 def test_names_are_affinities_with_their_defaults():
     logits, feats, _ = inputs("sum", (5, 4), (3, 2))
-    for name, affinity, form in (("linear", Linear(), "sum"), ("softmax", Softmax(), "softmax")):
+    sharp = {"normalize": None, "similarity": "cosine", "weights": (10.0, 10.0)}
+    for name, affinity, form, options in (
+        ("linear", Linear(), "sum", {}),
+        ("softmax", Softmax(), "softmax", {}),
+        ("attention", Softmax(over="sources", **sharp), "attention", sharp),
+    ):
         module = DerivativeLabelPropagation(name)
         assert module.affinity == affinity
-        assert_close(module(logits, feats), expected(form, logits, feats), "propagation")
+        assert_close(module(logits, feats), expected(form, logits, feats, **options), "propagation")
         assert torch.equal(derivative_label_propagation(logits, feats, affinity=name), module(logits, feats))
     assert DerivativeLabelPropagation().affinity == Linear()
     assert torch.equal(derivative_label_propagation(logits, feats), DerivativeLabelPropagation()(logits, feats))
@@ -675,7 +688,8 @@ NOT_DEFAULT = DerivativeLabelPropagation(
 def test_repr_shows_the_options():
     assert repr(NOT_DEFAULT) == (
         "DerivativeLabelPropagation(Softmax(weights=(1.0, 0.5, 0.25), scheme='central', normalize='softmax', "
-        "similarity='cosine', chunk_size=77, backend='tiled'), resolution='logits', align_corners=False)"
+        "similarity='cosine', over='targets', radius=None, dilation=1, chunk_size=77, backend='tiled'), "
+        "resolution='logits', align_corners=False)"
     )
     assert "scale='degree'" in repr(DerivativeLabelPropagation(Linear(scale="degree")))
 
@@ -751,8 +765,7 @@ def test_a_users_own_affinity_is_short_and_learns():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @resolutions
-@similarities
-@forms
+@kinds
 def test_autocast(form, similarity, resolution, dtype):
     """float32 in, float32 out; only the products may have been rounded; gradients too."""
     options = {"similarity": similarity, "resolution": resolution}

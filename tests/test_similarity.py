@@ -17,7 +17,8 @@ from .tolerances import assert_close
 
 SCHEMES = features.SCHEMES
 NORMALIZATIONS = features.NORMALIZATIONS
-SIMILARITIES = ("dot", "cosine")
+SIMILARITIES = ("dot", "cosine", "gaussian")
+PRODUCTS = ("dot", "cosine")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -69,7 +70,8 @@ def test_adversarial_features(operator, normalize, similarity, data):
         S, expected = S[:, clear][:, :, clear], expected[:, clear][:, :, clear]
         if not clear.any():
             return
-    assert_close(S, expected, "similarity")
+    # The squares in the exponent may be hundreds of times the distance that they leave.
+    assert_close(S, expected, "sharp" if similarity == "gaussian" else "similarity")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,7 +100,7 @@ def test_large_half_precision_features_do_not_overflow():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", [0, 1])
-@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("similarity", PRODUCTS)
 @pytest.mark.parametrize("normalize", ["l1", "l2", None])
 def test_zero_vectors_stay_zero_with_zero_gradient(normalize, similarity, order, dtype):
     feats = torch.randn(1, 4, 5).to(dtype)
@@ -202,6 +204,38 @@ def test_order_zero_and_sums_see_a_constant(options):
     assert (S - shifted).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_gaussian_is_made_of_dot_products(normalize, order):
+    """`-2 log k = a.a + b.b - 2 a.b`: 1 for a pixel with itself, less for any other, the same both ways."""
+    x, y = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
+    options = {"normalize": normalize, "order": order}
+    own, other = (derivative_similarity(z, **options).diagonal(dim1=1, dim2=2) for z in (x, y))
+    products = derivative_similarity(x, y, **options)
+    expected = products - (own[:, :, None] + other[:, None]) / 2
+    assert_close(derivative_similarity(x, y, similarity="gaussian", **options).log(), expected.numpy(), "similarity")
+    k = derivative_similarity(x, similarity="gaussian", **options)
+    assert_close(k.diagonal(dim1=1, dim2=2), np.ones((2, 6)), "similarity")
+    assert (k > 0).all()
+    assert k.max() <= 1 + 1e-15
+    assert_close(k, k.mT.numpy(), "similarity")
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_gaussian_does_not_see_a_common_shift(cross):
+    """float32 features of spread 1 around 1000 are compared as they are; in float16 around 100; queried too."""
+    for dtype, shift, kind in ((torch.float32, 1000.0, "large mean"), (torch.float16, 100.0, "similarity")):
+        by_channel = shift * torch.randn(1, 8, 1)
+        x, y = ((torch.randn(2, 8, M) + by_channel).to(dtype) for M in (6, 5))
+        for order in (0, 1):
+            options = {"normalize": None, "similarity": "gaussian", "order": order}
+            tensors = (x, y) if cross else (x,)
+            expected = oracle(*tensors, **options)
+            assert_close(derivative_similarity(*tensors, **options), expected, kind)
+            rows = derivative_similarity(*tensors, query=torch.tensor([4]), **options)
+            assert_close(rows, expected[:, 4:5], kind)
+
+
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_pixel_permutation(normalize, similarity):
@@ -221,10 +255,13 @@ def test_non_finite_features_show(normalize, similarity, value):
     feats[0, 2, 3] = value
     for order in (0, 1):
         S = derivative_similarity(feats, order=order, normalize=normalize, similarity=similarity)
-        assert not S[0, 3].isfinite().any()
-        assert not S[0, :, 3].isfinite().any()
         others = torch.tensor([0, 1, 2, 4])
         assert S[0, others][:, others].isfinite().all()
+        assert not S[0, 3, 3].isfinite()
+        for pairs in (S[0, 3, others], S[0, others, 3]):
+            # Finite features are infinitely far from an infinite one.
+            is_far = (pairs == 0) if similarity == "gaussian" and value == float("inf") else False
+            assert (~pairs.isfinite() | is_far).all()
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)

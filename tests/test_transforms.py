@@ -37,6 +37,11 @@ MODULES = {
     "linear cosine": DerivativeLabelPropagation(Linear(similarity="cosine", normalize="l2", scale="mean")),
     "softmax": DerivativeLabelPropagation("softmax"),
     "softmax cosine": DerivativeLabelPropagation(Softmax(similarity="cosine", weights=(3.0, 3.0), chunk_size=4)),
+    "softmax over sources": DerivativeLabelPropagation("attention"),
+    "softmax gaussian": DerivativeLabelPropagation(Softmax(similarity="gaussian", weights=(30.0, 30.0))),
+    "softmax window": DerivativeLabelPropagation(
+        Softmax(over="sources", radius=1, similarity="gaussian", weights=(30.0, 30.0))
+    ),
 }
 FULL = DerivativeLabelPropagation(resolution="logits")
 LOSSES = {
@@ -48,6 +53,9 @@ FUNCTIONS = {
     **{name: lambda V, m=m: m(LOGITS.expand(len(V), -1, -1, -1), V) for name, m in MODULES.items()},
     "linear masked": lambda V: MODULES["linear"](LOGITS, V, mask=MASK),
     "softmax masked": lambda V: MODULES["softmax"](FINE_LOGITS, V, mask=FINE_MASK),
+    "softmax over sources masked": lambda V: MODULES["softmax over sources"](FINE_LOGITS, V, mask=FINE_MASK),
+    "softmax over sources to targets": lambda V: MODULES["softmax over sources"](LOGITS, V, OTHER, mask=MASK),
+    "softmax window masked": lambda V: MODULES["softmax window"](FINE_LOGITS, V, OTHER, mask=FINE_MASK),
     "linear to targets": lambda V: MODULES["linear"](LOGITS, V, OTHER),
     "softmax to targets": lambda V: MODULES["softmax"](LOGITS, V, OTHER),
     "linear full resolution": lambda V: FULL(FINE_LOGITS, V, mask=FINE_MASK),
@@ -147,8 +155,9 @@ def test_anchors_that_are_all_valid_pixels_under_vmap(randomness):
     assert_close(grads, by_loop(lambda v: gradient(lambda x: every(x, labels).sum(), v), V), "gradient")
 
 
-def test_vmap_hides_values_so_an_empty_mask_gives_zeros():
-    out = vmap(lambda m: MODULES["linear"](LOGITS, FEATS, mask=m))(torch.zeros(2, *MASK.shape, dtype=torch.bool))
+@pytest.mark.parametrize("name", ["linear", "softmax", "softmax over sources", "softmax window"])
+def test_vmap_hides_values_so_an_empty_mask_gives_zeros(name):
+    out = vmap(lambda m: MODULES[name](LOGITS, FEATS, mask=m))(torch.zeros(2, *MASK.shape, dtype=torch.bool))
     assert (out == 0).all()
 
 
@@ -229,7 +238,7 @@ def test_second_derivatives_are_refused(name):
             call()
 
 
-@pytest.mark.parametrize("name", ["linear", "softmax"])
+@pytest.mark.parametrize("name", ["linear", "softmax", "softmax over sources", "softmax window"])
 def test_transforms_of_logits(name):
     """The propagation is linear in them: its Jacobian is the affinity, its Hessian 0 or refused."""
 

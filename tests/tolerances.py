@@ -35,6 +35,9 @@ TABLE: dict[tuple[torch.dtype, str], Tolerance] = {
     (F32, "propagation"): Tolerance(2e-4, 1e-6, "cosine divides by differences that interpolation nearly cancels"),
     (F16, "propagation"): Tolerance(1e-3, 1e-6, "computed in float32, rounded once"),
     (BF16, "propagation"): Tolerance(4e-3, 1e-7, "computed in float32, rounded once"),
+    # A softmax of similarities of thousands: their rounding, relative to their own size, goes into the exponent.
+    (F64, "sharp"): Tolerance(1e-9, 1e-14, "similarities up to 1e6 or so, each with its rounding"),
+    (F32, "sharp"): Tolerance(5e-3, 1e-6, "similarities up to 1e3 or so, each with its rounding"),
     # Sums over all pairs of pixels of residuals that are each rounded.
     (F64, "loss"): Tolerance(1e-12, 1e-15, "positive terms, so no cancellation; many of them"),
     (F32, "loss"): Tolerance(1e-5, 1e-8, "positive terms, so no cancellation; each residual carries its own rounding"),

@@ -233,8 +233,10 @@ def _window_affinity_backward(*args: Any) -> tuple[Tensor | None, ...]:
 def _window_affinity_fake(
     logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, offsets: list[int]
 ) -> tuple[Tensor, Tensor]:
-    torch._check(logits.shape[2:] == queries.shape[2:], lambda: f"{logits.shape} and {queries.shape} must agree")
+    (N, _, *grid), images = queries.shape, (logits.shape[0], 1, *logits.shape[2:])
+    torch._check(images == (N, 1, *grid), lambda: f"logits {logits.shape} and {queries.shape} must agree")
     torch._check(keys.shape == queries.shape, lambda: f"keys {keys.shape} and queries {queries.shape} must agree")
+    torch._check(bias is None or bias.shape == (N, 1, *grid), lambda: f"bias must be of the keys {keys.shape}")
     return logits.new_empty(logits.shape), queries.new_empty(queries.shape[0], 1, *queries.shape[2:])
 
 
@@ -261,7 +263,8 @@ def _define_affinity(name: str, options: str, forward: Any, backward: Any, fake:
         return tuple(grad.new_empty(0) if g is None else g.contiguous() for g in grads)
 
     def fake_backward(grad: Tensor, logits: Tensor, queries: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        bias, *_, need_queries, need_keys, need_bias = rest
+        bias, out, *_, need_queries, need_keys, need_bias = rest
+        torch._check(grad.shape == out.shape, lambda: f"grad {grad.shape} and the output {out.shape} must agree")
         needed = (logits, True), (queries, need_queries), (keys, need_keys), (bias, need_bias)
         return tuple(grad.new_empty(x.shape if need else 0) for x, need in needed)
 

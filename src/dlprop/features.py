@@ -17,6 +17,8 @@ Normalize = Literal["l1", "l2", "softmax", None]
 
 # Below this a norm is rounding noise; in float32 or better it is a normal number.
 EPS = 1e-12
+# A share of a source below this is rounding: the source lies on another point.
+SMALLEST_COUNT = 1e-5
 # Numbers that one step of a norm takes at a time on the CPU, so that its temporary stays in cache.
 NORM_STEP = 1 << 20
 
@@ -178,6 +180,7 @@ def at_points(
     if upsampling is None:
         return L, logits, counts
     counts = upsampling.adjoint(counts)
+    counts = torch.where(counts < SMALLEST_COUNT, 0, counts)
     return upsampling.adjoint(L) / torch.where(counts == 0, 1, counts), upsampling.resample(logits), counts
 
 

@@ -86,7 +86,7 @@ def derivative_similarity(
     rows, columns = rows.mT.to(dtype), columns.mT.to(dtype)
     if similarity == "gaussian":
         # Distances do not change with the origin, and squares about the mean cancel least.
-        origin = rows.mean(dim=1, keepdim=True).detach()
+        origin = rows.detach().mean(dim=1, keepdim=True).nan_to_num(0, 0, 0)
         rows, columns = rows - origin, columns - origin
         lengths, others = (x.square().sum(dim=2, keepdim=True) for x in (rows, columns))
         return torch.exp(rows @ columns.mT - (lengths + others.mT) / 2).to(feats.dtype)

@@ -67,7 +67,10 @@ def normalize(V, kind):
 
 
 def similarity(V, W, order, scheme="forward", kind="dot"):
-    """S_q(i, j) = <D^q v_i, D^q w_j> for features that are normalised already; `cosine` is Eq. 15-16."""
+    """S_q(i, j) = <D^q v_i, D^q w_j> for features that are normalised already; `cosine` is Eq. 15-16.
+
+    `gaussian` is exp(-|D^q v_i - D^q w_j|^2 / 2).
+    """
     A, B = difference(V, order, scheme), difference(W, order, scheme)
     S = np.zeros((A.shape[1], B.shape[1]))
     for i in range(A.shape[1]):
@@ -76,6 +79,8 @@ def similarity(V, W, order, scheme="forward", kind="dot"):
             if kind == "cosine":
                 norm = sqrt(sum(A[:, i] ** 2)) * sqrt(sum(B[:, j] ** 2))
                 S[i, j] = S[i, j] / norm if norm != 0 else 0.0
+            elif kind == "gaussian":
+                S[i, j] = exp(-sum((A[d, i] - B[d, j]) ** 2 for d in range(A.shape[0])) / 2)
     return S
 
 

@@ -1,8 +1,10 @@
-"""Propagation by the book, one image at a time: the dense M x M matrix S, then Eq. 4 or the released softmax form.
+"""Propagation by the book, one image at a time: the dense M x M matrix S, then Eq. 4 or a softmax of S.
 
 Logits are (C, H, W) or (C, M), features (D, h, w) or (D, m); the options have the names the library gives them, and
 those of an affinity stand beside those of the grids.
 """
+
+import itertools
 
 import numpy as np
 
@@ -14,7 +16,7 @@ def affinity_matrix(V, W, weights=(1.0, 1.0), scheme="forward", similarity="dot"
     S = np.zeros((V.shape[1], W.shape[1]))
     for q, weight in enumerate(weights):
         A, B = features.difference(V, q, scheme), features.difference(W, q, scheme)
-        S_q = A.T @ B
+        S_q = -0.5 * ((A[:, :, None] - B[:, None, :]) ** 2).sum(0) if similarity == "gaussian" else A.T @ B
         if similarity == "cosine":
             a, b = np.sqrt((A * A).sum(0)), np.sqrt((B * B).sum(0))
             norm = a[:, None] * b[None, :]
@@ -27,6 +29,26 @@ def softmax(x, axis):
     """Softmax along one axis."""
     e = np.exp(x - x.max(axis=axis, keepdims=True))
     return e / e.sum(axis=axis, keepdims=True)
+
+
+def window(grid, radius, dilation=1):
+    """Which source (row) lies in the window of which target (column), pixel by pixel of a grid of both."""
+    dilations = [dilation] if isinstance(dilation, int) else dilation
+    steps = range(-radius, radius + 1)
+    inside = np.zeros((*grid, *grid), dtype=bool)
+    for y, x, d, dy, dx in itertools.product(*map(range, grid), dilations, steps, steps):
+        if 0 <= y + d * dy < grid[0] and 0 <= x + d * dx < grid[1]:
+            inside[y + d * dy, x + d * dx, y, x] = True
+    return inside.reshape(grid[0] * grid[1], -1)
+
+
+def attention(S, counts, inside=None):
+    """The share of every source (row) at every target: softmax_i(S_ij + log count_i) over those inside, 0 if none."""
+    weights = np.where(True if inside is None else inside, counts[:, None], 0.0)
+    top = np.where(weights > 0, S, -np.inf).max(axis=0)
+    powers = np.exp(np.where(weights > 0, S - np.where(np.isfinite(top), top, 0.0), -np.inf))
+    total = (weights * powers).sum(axis=0)
+    return weights * powers / np.where(total > 0, total, 1.0)
 
 
 def gather(L, mask, grid, align_corners):
@@ -51,6 +73,9 @@ def propagate(
     normalize="l1",
     similarity="dot",
     scale="sum",
+    over="targets",
+    radius=None,
+    dilation=1,
     resolution="feats",
     align_corners=True,
     mask=None,
@@ -75,17 +100,20 @@ def propagate(
             L, counts = own, np.ones(feats.shape[1:])
         else:
             L, counts = gather(logits, np.asarray(mask), feats.shape[1:], align_corners)
-            counts = counts * counts.size / logits[0].size  # all sources together weigh as much as the points
+            if over == "targets":
+                counts = counts * counts.size / logits[0].size  # all sources together weigh as much as the points
     elif on_other_grid:  # the features come to the logits
         V = features.resize(V, grid, align_corners)
         if back_to_logits:
             W = features.resize(W, grid, align_corners)
 
-    out_grid = W.shape[1:]
+    out_grid, source_grid = W.shape[1:], V.shape[1:]
     L, own, counts = L.reshape(C, -1), own.reshape(C, -1), counts.reshape(-1)
     S = affinity_matrix(V.reshape(len(V), -1), W.reshape(len(W), -1), weights, scheme, similarity)  # (sources, targets)
 
-    if affinity == "softmax":
+    if affinity == "softmax" and over == "sources":
+        out = L @ attention(S, counts, None if radius is None else window(source_grid, radius, dilation))
+    elif affinity == "softmax":
         out = (L * counts) @ softmax(S, axis=1)
     else:
         out = (L * counts) @ S

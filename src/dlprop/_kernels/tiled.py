@@ -162,11 +162,15 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """`sum_j P_ij l_j` of every query i with `P_ij = softmax_j(q_i . k_j + b_j)`, and its log-sum-exp.
 
-    One tile exists at a time; what a row has summed shrinks whenever a tile shows a larger entry. A query whose keys
-    all have a bias of -inf receives 0.
+    One tile exists at a time; what a row has summed shrinks whenever a tile shows a larger entry. Where all keys have a
+    bias of -inf every query receives 0.
     """
     out = logits.new_zeros(len(queries), logits.shape[2], queries.shape[1])  # few channels: pixels along memory
     lse = queries.new_empty(queries.shape[:2])
+    # A row of nothing but -inf is an infinity of the features and shows, unless there is no key to hear.
+    nothing = queries.new_full((len(queries),), torch.nan)
+    if bias is not None:
+        nothing = torch.where((bias == -torch.inf).all(dim=1), 1, nothing)
     for n, i, tiles in _tiles(queries, keys, chunk):
         top = queries.new_full((i.stop - i.start, 1), torch.finfo(queries.dtype).min)
         total = torch.zeros_like(top)
@@ -178,7 +182,7 @@ def attention(
             total = total * factor + P.sum(dim=1, keepdim=True)
             out[n, :, i].mul_(factor.T).addmm_(logits[n, j].T, P.T)
             top = highest
-        total.clamp_min_(1)  # the largest entry alone gives 1, if there is one
+        total = torch.where(total == 0, nothing[n], total)
         out[n, :, i] /= total.T
         lse[n, i] = (top + total.log())[:, 0]
     return out.mT, lse

@@ -32,9 +32,14 @@ def window_affinity(
     lse = queries.new_empty(queries.shape[0], 1, *queries.shape[2:])
     for n, rows, neighbours in _bands(logits, queries, offsets):
         S = _similarities(queries[n], keys[n], None if bias is None else bias[n], rows, neighbours)
-        top = S.amax(dim=0).clamp_min(torch.finfo(S.dtype).min)
+        top = S.amax(dim=0)
+        if bias is not None:
+            is_alone = _highest(bias[n], rows, neighbours) == -torch.inf
+            top = torch.where(is_alone, 0, top)
         P = S.sub_(top).exp_()
-        total = P.sum(dim=0).clamp_min_(1)  # the largest entry alone gives 1, if there is one
+        total = P.sum(dim=0)
+        if bias is not None:
+            total = torch.where(is_alone, 1, total)
         lse[n, 0, rows] = top + total.log()
         P /= total
         for share, (inside, at, source) in zip(P, neighbours, strict=True):
@@ -93,6 +98,14 @@ def _similarities(
         if bias is not None:
             part += bias[source][0]
     return S
+
+
+def _highest(bias: Tensor, rows: slice, neighbours: list[Neighbours]) -> Tensor:
+    """The largest bias that every pixel of a band sees, (rows, W)."""
+    highest = bias.new_full((rows.stop - rows.start, bias.shape[2]), -torch.inf)
+    for inside, _, source in neighbours:
+        highest[inside] = torch.maximum(highest[inside], bias[source][0])
+    return highest
 
 
 def _bands(logits: Tensor, queries: Tensor, offsets: Sequence[int]) -> Iterator[tuple[int, slice, list[Neighbours]]]:

@@ -140,8 +140,9 @@ class Softmax(Orders):
             return rows, torch.cat(others, dim=1), None
         bias = None
         if self.similarity == "gaussian":  # distances do not change with the origin, and small squares round less
-            origin = V.mean(dim=2, keepdim=True).detach()
-            V, W = V - origin, W - origin
+            origin = V.detach().mean(dim=2, keepdim=True).nan_to_num(0, 0, 0)
+            is_same, V = W is V, V - origin
+            W = V if is_same else W - origin
             x = V if self.over == "sources" else W
             bias = (x * metric(x, self.weights, 1, self.scheme)).sum(dim=1) / -2
         return metric(V, self.weights, 1, self.scheme), W, bias
@@ -158,7 +159,9 @@ class Softmax(Orders):
         bias = _times(sources.counts, bias)
         logits, queries, keys = (x.unflatten(2, tuple(grid)) for x in (sources.logits, queries, keys))
         bias = None if bias is None else bias[:, None].unflatten(2, tuple(grid))
-        offsets = _offsets(self.radius or 0, self.dilation)
+        offsets = [
+            (dy, dx) for dy, dx in _offsets(self.radius or 0, self.dilation) if abs(dy) < grid[0] and abs(dx) < grid[1]
+        ]
         return window_affinity(logits, queries, keys, bias, offsets).flatten(2)
 
 
