@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .ablate import ablate, add_ablate_arguments
+from .clicks import add_clicks_arguments, clicks
+from .complete import add_complete_arguments, complete_command
 from .config import ConfigError, add_config_arguments, config_from_arguments
 from .data import DataError
 from .demo import add_demo_arguments, demo
@@ -36,7 +38,10 @@ def train_command(arguments: argparse.Namespace) -> None:
         if scores:
             p, propagated = (100 * scores[key]["miou"] for key in ("prediction", "propagated"))
             print(f"{network:9} network: mIoU of P {p:.2f}, of P~ {propagated:.2f}")
-    out = results["config"]["out"]
+    config, steps = results["config"], results["steps"]
+    if results["last"]["averaged"] and config["average_every"] == "epoch" and steps["run"] <= steps["epoch"]:
+        print("The averaged network is the trained one: Eq. 6 acts once an epoch, and this run has one (average_every)")
+    out = config["out"]
     print(f"{results['seconds']['train']:.0f} s of training; results, pictures and checkpoints are in {out}")
 
 
@@ -54,6 +59,8 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     "train": ("train one variant", add_train_arguments, train_command),
     "evaluate": ("score the checkpoints of a run, class by class", add_evaluate_arguments, score),
     "predict": ("colour masks and overlays for a folder of images", add_predict_arguments, predict_command),
+    "complete": ("clicks or strokes on a folder of images made dense", add_complete_arguments, complete_command),
+    "clicks": ("measure what completing sparse labels is worth", add_clicks_arguments, clicks),
     "similarity": ("what one pixel of an image is similar to", add_similarity_arguments, similarity_command),
     "sweep": ("other propagation settings on a finished network", add_sweep_arguments, sweep),
     "ablate": ("run a grid of variants and seeds, and write their table", add_ablate_arguments, ablate),

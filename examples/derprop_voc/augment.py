@@ -68,8 +68,47 @@ class Augment(nn.Module):
         return sample | {"weak": to_input(image), "strong": to_input(self.colours(image))}
 
 
+class AugmentFeatures(nn.Module):
+    """The views of `Augment` for a sample whose image is a map of features: a random crop and a random flip.
+
+    The strong view is channel dropout: some channels are replaced by their means, what is left is scaled to keep the
+    sum's expectation.
+
+    Args:
+        config: gives `feature_crop`, `channel_dropout` and `output_stride`.
+        mean: of each channel (K, 1, 1).
+        strong: whether to give "weak" and "strong" in place of "image".
+    """
+
+    mean: Tensor
+
+    def __init__(self, config: Config, mean: Tensor, *, strong: bool) -> None:
+        super().__init__()
+        self.crop, self.dropout, self.stride = config.feature_crop, config.channel_dropout, config.output_stride
+        self.register_buffer("mean", mean.cpu())
+        self.strong = strong
+
+    def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """One sample of `SegmentationDataset` with features."""
+        grid = sample["image"].shape[-2:]
+        crop = self.crop or grid
+        tops = [int(torch.randint(size - edge + 1, ())) for size, edge in zip(grid, crop, strict=True)]
+        flip = torch.rand(()) < 0.5
+        for key in sample:
+            step = 1 if key == "image" else self.stride
+            rows, columns = (slice(top * step, (top + edge) * step) for top, edge in zip(tops, crop, strict=True))
+            part = sample[key][..., rows, columns].as_subclass(Tensor)
+            sample[key] = part.flip(-1) if flip else part.clone()
+        if not self.strong:
+            return sample
+        weak = sample.pop("image")
+        kept = torch.rand(len(weak), 1, 1) >= self.dropout
+        strong = torch.where(kept, self.mean + (weak - self.mean) / (1 - self.dropout), self.mean)
+        return sample | {"weak": weak, "strong": strong.to(weak.dtype)}
+
+
 def to_input(image: Tensor) -> Tensor:
-    """uint8 RGB to the network's input, float32 in [0, 1]."""
+    """uint8 RGB to the network's input, float32 in [0, 1]; features only change their type."""
     return TF.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor)
 
 

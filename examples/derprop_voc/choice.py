@@ -13,7 +13,7 @@ from dlprop import MomentumAverager
 
 from .config import Config, ConfigError, hints, make_config
 from .files import CheckpointError
-from .model import SegmentationNetwork
+from .frozen import make_network
 from .state import check_state, read_checkpoint
 
 NETWORKS = ("tested", "trained", "averaged")
@@ -92,7 +92,7 @@ def load_finished(paths: Sequence[Path], device: torch.device) -> list[Finished]
 def _finished(name: str, path: Path, device: torch.device) -> Finished:
     checkpoint = read_checkpoint(path)
     config, class_names = make_config(checkpoint["config"]), tuple(checkpoint["class_names"])
-    network = SegmentationNetwork(config, len(class_names), initialise=False)
+    network = make_network(config, len(class_names), initialise=False)
     parts: dict[str, nn.Module] = {"network": network}
     if checkpoint["averager"] is not None:
         parts["averager"] = MomentumAverager(network, config.average_momentum)

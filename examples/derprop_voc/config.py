@@ -61,6 +61,10 @@ class Config:
     class_names: tuple[str, ...] = option((), "names in id order; empty: the lines of classes.txt, else the ids")
     image_size: tuple[int, ...] = option((), "working height and width; empty: as stored. Evaluation is as stored")
     cache_images: bool = option(False, "keep decoded images in memory (small data sets; per worker)")
+    cache_features: bool = option(
+        False, "with freeze_backbone: compute the backbone's features once and keep them in float16 files of cache_dir"
+    )
+    cache_dir: str = option("", "folder of cached features, shared by runs; empty: the folder cache of `data`")
     workers: int = option(0, "data loading processes; results do not depend on it", low=0)
 
     crop_size: int = option(321, "edge of the square training crop, a multiple of output_stride or one more", low=32)
@@ -70,18 +74,32 @@ class Config:
     gray_probability: float = option(0.2, "probability of the grayscale conversion", low=0, high=1)
     blur_probability: float = option(0.5, "probability of the blur", low=0, high=1)
     cutmix_probability: float = option(1.0, "probability that an image receives a CutMix box", low=0, high=1)
+    feature_crop: tuple[int, ...] = option(
+        (), "height and width of a training crop of cached features, in features; empty: the whole grid"
+    )
+    channel_dropout: float = option(
+        0.5, "share of the channels that the strong view of cached features lacks", low=0, high=0.95
+    )
 
-    backbone: str = option("resnet101", "resnet50 or resnet101 of torchvision, or timm/<name> for any of timm's")
+    backbone: str = option(
+        "resnet101", "resnet50 or resnet101 of torchvision, or timm/<name>, of timm's those that give output_stride"
+    )
+    freeze_backbone: bool = option(
+        False, "train a compact head on several stages of a frozen timm backbone, whatever the backbone's own stride"
+    )
     weights: str = option("none", "of the backbone: none, a torchvision enum member (IMAGENET1K_V2), timm, or a file")
     output_stride: Literal[8, 16] = option(8, "pixels of the input a point of the features stands for")
-    timm_stages: tuple[int, ...] = option((1, 4), "out_indices of a timm backbone: low-level and high-level stage")
+    timm_stages: tuple[int, ...] = option(
+        (), "out_indices of a timm backbone: low-level and high-level stage, or with freeze_backbone all that are "
+        "concatenated; empty: the first of stride 4 and the last, or one of each stride from 4 on"
+    )  # fmt: skip
     batch_norm: Literal["train", "frozen"] = option("train", "frozen: keep the backbone's and heads' statistics fixed")
-    atrous_rates: tuple[int, ...] = option((12, 24, 36), "dilations of ASPP")
-    decoder_channels: int = option(256, "channels of ASPP and of the fused map", low=1)
+    atrous_rates: tuple[int, ...] = option((12, 24, 36), "dilations of ASPP, or of the compact head's 3 x 3 filters")
+    decoder_channels: int = option(256, "channels of ASPP and of the fused map, or of the compact head", low=1)
     low_channels: int = option(48, "channels of the low-level branch", low=1)
     fuse_layers: int = option(2, "3 x 3 convolutions between fusion and classifier", low=1)
-    dropout: float = option(0.5, "dropout behind ASPP", low=0, high=1)
-    feature_channels: int = option(256, "D, channels of the projection J", low=4)
+    dropout: float = option(0.5, "dropout behind ASPP, or before the compact head's classifier", low=0, high=1)
+    feature_channels: int = option(256, "D, channels of the projection J, or of the compact head's last map", low=4)
     nonnegative: bool = option(True, "end J with a ReLU, so that similarities of order 0 are at least 0")
 
     variant: Variant = option(  # noqa: RUF009, an alias hides from ruff that this is a field
@@ -184,8 +202,20 @@ class Config:
                 f"feature_channels: expected more than {highest * step} for differences of order {highest} with scheme "
                 f"{self.scheme}, got {self.feature_channels}"
             )
-        if len(self.timm_stages) != 2 or not 0 <= self.timm_stages[0] < self.timm_stages[1]:
-            raise ConfigError(f"timm_stages: expected two stages in rising order, got {list(self.timm_stages)}")
+        stages, rising = list(self.timm_stages), sorted({stage for stage in self.timm_stages if stage >= 0})
+        if stages != rising or (stages and len(stages) != 2 and not self.freeze_backbone):
+            count = "stages" if self.freeze_backbone else "two stages"
+            raise ConfigError(f"timm_stages: expected {count} in rising order, got {stages}")
+        if self.cache_features and not self.freeze_backbone:
+            raise ConfigError("cache_features: features change while a backbone is trained; add --freeze-backbone")
+        if self.freeze_backbone and not self.backbone.startswith("timm/"):
+            raise ConfigError(
+                f"backbone: expected timm/<name> with freeze_backbone, got {self.backbone}; timm has it, too"
+            )
+        if self.feature_crop and not self.cache_features:
+            raise ConfigError("feature_crop: applies to cached features only; add --cache-features, or take crop_size")
+        if len(self.feature_crop) not in (0, 2) or any(edge < 1 for edge in self.feature_crop):
+            raise ConfigError(f"feature_crop: expected a height and a width, got {list(self.feature_crop)}")
         if self.num_classes and self.class_names and self.num_classes != len(self.class_names):
             raise ConfigError(f"class_names: expected num_classes = {self.num_classes}, got {len(self.class_names)}")
         for name, affinities in ONLY_FOR.items():
@@ -281,7 +311,13 @@ def make_config(values: Mapping[str, Any]) -> Config:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The options of one YAML file."""
+    """The options of one YAML file, on top of those of the file beside it that its line `extends: NAME` names."""
+    values = _read_yaml(path)
+    base = values.pop("extends", None)
+    return values if base is None else _read_yaml(path.parent / str(base)) | values
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -7,7 +7,7 @@ thousands of images. Damage in the middle of an image shows when it is read, as 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +184,7 @@ class SegmentationDataset(Dataset[Sample]):
         stored_mask: keep masks at their stored size, for evaluation.
         transform: called with {"image", "mask", "valid"}, where `valid` is 1 on image and becomes 0 on padding.
         cache: keep decoded samples.
+        features: an image's file -> the features that stand in its place as "image"; then `size` must be given.
     """
 
     def __init__(
@@ -195,7 +196,9 @@ class SegmentationDataset(Dataset[Sample]):
         stored_mask: bool = False,
         transform: Callable[[Sample], Sample] | None = None,
         cache: bool = False,
+        features: Mapping[Path, Tensor] | None = None,
     ) -> None:
+        self.features = features
         self.items, self.labeled, self.size, self.stored_mask = list(items), labeled, tuple(size), stored_mask
         self.transform = transform
         self.decoded: dict[int, Sample] | None = {} if cache else None
@@ -217,8 +220,9 @@ class SegmentationDataset(Dataset[Sample]):
         if self.decoded is not None and index in self.decoded:
             return self.decoded[index]
         item = self.items[index]
-        image = read_image(item.image, self.size)
-        sample: Sample = {"image": image, "valid": tv_tensors.Mask(torch.ones(image.shape[-2:], dtype=torch.uint8))}
+        image = read_image(item.image, self.size) if self.features is None else self.features[item.image]
+        worked = image.shape[-2:] if self.features is None else self.size
+        sample: Sample = {"image": image, "valid": tv_tensors.Mask(torch.ones(worked, dtype=torch.uint8))}
         if self.labeled:
             mask = tv_tensors.Mask(torch.from_numpy(read_mask(item)))
             resize = self.size and not self.stored_mask

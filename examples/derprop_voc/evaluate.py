@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
-from tqdm import tqdm
 
 from dlprop import DerivativeLabelPropagation
 
 from .augment import to_input
 from .data import VOID, SegmentationDataset
 from .distributed import rank, world_size
+from .progress import make_bar
 
 # P, P~, and P_bar of Eq. 5 half-way, (P + P~) / 2.
 OUTPUTS = ("prediction", "propagated", "blend")
@@ -89,8 +89,9 @@ def predict(
     window: int = 0,
 ) -> dict[str, Tensor]:
     """Class ids (H, W) of every entry of `OUTPUTS`, resized from `probabilities` to `size`."""
+    # `max` is four times faster than `argmax` over a dimension that is not the last.
     return {
-        name: F.interpolate(values[None], tuple(size), mode="bilinear", align_corners=True)[0].argmax(0)
+        name: F.interpolate(values[None], tuple(size), mode="bilinear", align_corners=True)[0].max(0).indices
         for name, values in probabilities(network, propagate, image, mode=mode, window=window).items()
     }
 
@@ -114,7 +115,7 @@ def evaluate(
         class_names: in id order.
         mode: see `probabilities`.
         window: see `probabilities`.
-        progress: show a progress bar, on terminals.
+        progress: show progress.
 
     Returns:
         For each network, for each of `OUTPUTS`: {"miou", "accuracy", "iou": {class name: IoU or None}}.
@@ -125,21 +126,23 @@ def evaluate(
         device = next(network.parameters()).device
         scores[name] = {key: make_metric(len(class_names)).to(device) for key in OUTPUTS}
     indices = range(rank(), len(data), world_size())
-    for index in tqdm(indices, desc="evaluate", disable=None if progress else True, leave=False):
-        sample = data[index]
-        target = sample["mask"].as_subclass(Tensor).long()
-        if mode == "center_crop":
-            # The crop's share of the image, cut from the mask at its stored size.
-            edges = [
-                round(min(1, window / worked) * stored)
-                for worked, stored in zip(sample["image"].shape[-2:], target.shape, strict=True)
-            ]
-            target = target[_middle(target.shape[0], edges[0]), _middle(target.shape[1], edges[1])]
-        for name, network in networks.items():
-            for key, labels in predict(
-                network, propagate, sample["image"], target.shape, mode=mode, window=window
-            ).items():
-                scores[name][key].update(labels[None], target[None].to(labels.device))
+    with make_bar(len(indices), "evaluate", progress=progress) as bar:
+        for index in indices:
+            sample = data[index]
+            target = sample["mask"].as_subclass(Tensor).long()
+            if mode == "center_crop":
+                # The crop's share of the image, cut from the mask at its stored size.
+                edges = [
+                    round(min(1, window / worked) * stored)
+                    for worked, stored in zip(sample["image"].shape[-2:], target.shape, strict=True)
+                ]
+                target = target[_middle(target.shape[0], edges[0]), _middle(target.shape[1], edges[1])]
+            for name, network in networks.items():
+                for key, labels in predict(
+                    network, propagate, sample["image"], target.shape, mode=mode, window=window
+                ).items():
+                    scores[name][key].update(labels[None], target[None].to(labels.device))
+            bar.update()
     return {
         name: {key: summarise(metric, class_names) for key, metric in both.items()} for name, both in scores.items()
     }

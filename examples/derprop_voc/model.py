@@ -1,6 +1,6 @@
 """The segmentation network G of Fig. 2 and its projection J, on the parts of torchvision and timm."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,14 @@ class Backbone:
     high_channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+# Small models that can be dilated, for messages.
+DILATED = "timm/resnet18, timm/tf_efficientnet_lite0, timm/mobilenetv2_100, timm/regnety_002, timm/convnext_atto"
+
+
+class StrideError(ConfigError):
+    """A backbone that cannot be dilated to the stride that was asked for."""
 
 
 class TimmStages(nn.Module):
@@ -83,35 +91,70 @@ def _torchvision_backbone(name: str, weights: str, output_stride: int) -> Backbo
 
 
 def _timm_backbone(name: str, weights: str, config: Config) -> Backbone:
+    if config.timm_stages:
+        stages = config.timm_stages
+    else:
+        strides = stage_strides(name)
+        stages = (next((stage for stage, stride in enumerate(strides) if stride >= 4), 0), len(strides) - 1)
+    body = timm_body(name, weights, stages, config.output_stride)
+    low, high = body.feature_info.channels()
+    return Backbone(TimmStages(body), low, high, *image_moments(name))
+
+
+def stage_strides(name: str) -> list[int]:
+    """The stride of every stage of a timm model, without dilation."""
+    with torch.device("meta"):
+        strides: list[int] = timm.create_model(name, features_only=True).feature_info.reduction()
+    return strides
+
+
+def timm_body(name: str, weights: str, stages: Sequence[int], output_stride: int | None) -> nn.Module:
+    """A timm model that maps images to a list of stages, with the weights of a file, timm's own ("timm") or "none".
+
+    Args:
+        name: of a timm model.
+        weights: see above.
+        stages: indices of its stages.
+        output_stride: the highest stride of a stage, by dilation; None: the model's own.
+
+    Raises:
+        ConfigError: for stages or strides that the model does not have, and for a file that does not fit.
+    """
+    options = {} if output_stride is None else {"output_stride": output_stride}
     try:
         body = timm.create_model(
             name,
             features_only=True,
             feature_cls="getter",
-            output_stride=config.output_stride,
-            out_indices=config.timm_stages,
+            out_indices=tuple(stages),
             pretrained=weights == "timm",
+            **options,
         )
     except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"backbone: {config.backbone} does not give stages {list(config.timm_stages)} at output stride "
-            f"{config.output_stride}: {str(error).splitlines()[0]}"
-        ) from None
+        strides = stage_strides(name)
+        stride = f" at output stride {output_stride}" if output_stride else ""
+        refused = f"backbone: timm/{name} does not give stages {list(stages)}{stride}"
+        if max(stages) >= len(strides):
+            numbered = ", ".join(f"{stage} of stride {of_stage}" for stage, of_stage in enumerate(strides))
+            raise ConfigError(f"{refused}: its stages are {numbered} (timm_stages)") from None
+        if output_stride and isinstance(error, TypeError | AssertionError | NotImplementedError):
+            raise StrideError(
+                f"{refused}: timm cannot dilate it; models that it can: {DILATED}; or freeze it (--freeze-backbone)"
+            ) from None
+        raise ConfigError(f"{refused}: {str(error).splitlines()[0]}") from None
     if weights not in ("none", "timm"):
         if not Path(weights).is_file():
             raise ConfigError(f"weights: expected none, timm or a file, got {weights!r}")
         classifier = timm.create_model(name)
         read_weights(Path(weights), classifier, needed=list(body.model.state_dict()))
         body.model.load_state_dict({key: classifier.state_dict()[key] for key in body.model.state_dict()})
-    low, high = body.feature_info.channels()
+    return body
+
+
+def image_moments(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the images that a timm model was trained on, in [0, 1]."""
     settings = timm.get_pretrained_cfg(name)
-    return Backbone(
-        TimmStages(body),
-        low,
-        high,
-        settings.mean if settings else IMAGENET_MEAN,
-        settings.std if settings else IMAGENET_STD,
-    )
+    return (settings.mean, settings.std) if settings else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def read_weights(path: Path, model: nn.Module, needed: list[str]) -> None:

@@ -11,7 +11,6 @@ from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
 from .choice import (
     Finished,
@@ -30,6 +29,7 @@ from .figures import FRAME, INK, new_figure, write_figure
 from .files import write_bytes
 from .losses import make_propagation
 from .panels import class_colours
+from .progress import make_bar
 from .sources import IMAGE_SUFFIXES, DataError
 
 # A centre crop covers a part of the image only, so it is no way to make a mask.
@@ -117,21 +117,23 @@ def predict_folder(
         mode: "original" or "sliding_window"; None: the run's own, "original" where that is a centre crop.
         window: edge of the windows; None: the run's crop_size.
         alpha: opacity of an overlay's colours.
-        progress: show a progress bar, on terminals.
+        progress: show progress.
     """
     config, chosen = finished.config, finished.network(network)
     propagate = make_propagation(config)
     mode = mode or (config.evaluation if config.evaluation in MODES else "original")
     colours = np.round(255 * class_colours(len(finished.class_names))).astype(np.uint8)
-    for path in tqdm(images, desc="predict", disable=None if progress else True, leave=False):
-        image = read_image(path).as_subclass(Tensor)
-        worked = TF.resize(image, list(config.image_size), antialias=True) if config.image_size else image
-        labels = predict(chosen, propagate, worked, image.shape[-2:], mode=mode, window=window or config.crop_size)[
-            "propagated" if propagated else "prediction"
-        ]
-        ids = labels.to("cpu", torch.uint8).numpy()
-        _write_png(out / f"{path.stem}_mask.png", palette_image(ids, colours))
-        _write_png(out / f"{path.stem}_overlay.png", overlay(image.permute(1, 2, 0).numpy(), colours[ids], alpha))
+    with make_bar(len(images), "predict", progress=progress) as bar:
+        for path in images:
+            image = read_image(path).as_subclass(Tensor)
+            worked = TF.resize(image, list(config.image_size), antialias=True) if config.image_size else image
+            labels = predict(chosen, propagate, worked, image.shape[-2:], mode=mode, window=window or config.crop_size)[
+                "propagated" if propagated else "prediction"
+            ]
+            ids = labels.to("cpu", torch.uint8).numpy()
+            write_png(out / f"{path.stem}_mask.png", palette_image(ids, colours))
+            write_png(out / f"{path.stem}_overlay.png", overlay(image.permute(1, 2, 0).numpy(), colours[ids], alpha))
+            bar.update()
     draw_legend(out / "legend.png", finished.class_names)
 
 
@@ -148,7 +150,8 @@ def overlay(image: np.ndarray, colours: np.ndarray, alpha: float) -> Image.Image
     return Image.fromarray(np.round(blended).astype(np.uint8))
 
 
-def _write_png(path: Path, picture: Image.Image) -> None:
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Writes a PNG, whole or not at all."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue())

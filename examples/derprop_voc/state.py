@@ -16,12 +16,12 @@ from .config import Config, ConfigError
 from .data import Data, digest
 from .distributed import gathered
 from .files import CheckpointError
+from .frozen import Network, make_network
 from .losses import AdaptiveThreshold
-from .model import SegmentationNetwork
 
 # Options that do not change what is computed, and so may differ between a checkpoint and the run that resumes it.
 FREE_OPTIONS = (
-    "data", "download", "cache_images", "workers", "weights", "accelerator", "threads", "evaluate_every",
+    "data", "download", "cache_images", "cache_dir", "workers", "weights", "accelerator", "threads", "evaluate_every",
     "panel_every", "panel_images", "measure_pseudo_labels", "tensorboard", "out",
 )  # fmt: skip
 
@@ -30,7 +30,7 @@ FREE_OPTIONS = (
 class State:
     """Network, optimiser and everything else that a run needs to go on from a step."""
 
-    network: SegmentationNetwork
+    network: Network
     averager: MomentumAverager | None
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -105,7 +105,7 @@ KEYS: dict[str, type | UnionType] = {
 
 def make_state(config: Config, num_classes: int, device: torch.device, steps: int, *, initialise: bool = True) -> State:
     """Network, momentum network, optimiser, schedule and threshold, at step 0 of `steps`."""
-    network = SegmentationNetwork(config, num_classes, initialise=initialise).to(device)
+    network = make_network(config, num_classes, initialise=initialise).to(device)
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(

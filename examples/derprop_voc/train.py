@@ -14,23 +14,31 @@ from lightning_fabric import Fabric
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from .augment import Augment, cutmix, cutmix_boxes
+from .augment import Augment, AugmentFeatures, cutmix, cutmix_boxes
+from .cache import CachedFeatures, cache_place, feature_maps, fill_cache, read_cache
 from .config import Config, ConfigError
 from .data import Data, SeededBatches, SegmentationDataset, collate, load_data, read_image
 from .distributed import gathered, global_mean, highest, rank, share, total, world_size
 from .evaluate import evaluate
 from .files import CheckpointError, versions, write_checkpoint, write_json, write_yaml
+from .frozen import FrozenNetwork
 from .log import Log, draw_curves
 from .losses import Objective
 from .model import Output
 from .panels import draw_panel, prediction_rows
+from .progress import make_bar
 from .quality import PseudoLabelQuality
 from .similarity_maps import draw_similarity_maps
 from .state import State, check_resumable, make_state, read_checkpoint
 
 LOG_EVERY = 10
+AFFINITY_NOTES = {
+    "linear": "Eq. 4, the paper's; on real images it costs points, so try ridge or discriminant",
+    "softmax": "as in the paper's released code; sharp, so P~ is near P",
+    "ridge": "a linear fit of P to the features, safe where one class is large",
+    "discriminant": "balances the classes; for dense scenes whose small classes die out",
+}
 Batch = dict[str, Any]
 
 
@@ -140,11 +148,17 @@ def _run(fabric: Fabric, config: Config, data: Data, *, resume: bool, progress: 
         each = ", ".join(f"{count} {name} ({count // world_size()} a process)" for name, count in images.items())
         print(
             f"{config.variant}: step {state.step} of {length.run}, {length.epoch} an epoch; "
-            f"global batch {each}; {world_size()} process(es) on {fabric.device.type}",
+            f"global batch {each}; {world_size()} process(es) on {fabric.device.type}\n{method(config)}",
             flush=True,
         )
+        if config.weights == "none" and not checkpoint:
+            kept = "and stays so: only the head is trained" if config.freeze_backbone else "and is trained from scratch"
+            print(f"note: weights: none, so the backbone starts from random numbers, {kept}", flush=True)
 
-    trainer = Trainer(fabric, config, data, state, length, progress=progress)
+    features = None
+    if isinstance(state.network, FrozenNetwork):
+        features = _frozen_features(fabric, config, data, state.network, estimate=not checkpoint, progress=progress)
+    trainer = Trainer(fabric, config, data, state, length, features=features, progress=progress)
     start = time.perf_counter()
     trainer.fit()
     trained = time.perf_counter() - start
@@ -178,6 +192,37 @@ def _run(fabric: Fabric, config: Config, data: Data, *, resume: bool, progress: 
     return results
 
 
+def _frozen_features(
+    fabric: Fabric, config: Config, data: Data, network: FrozenNetwork, *, estimate: bool, progress: bool
+) -> CachedFeatures | None:
+    """The cache, filled, of all images of the run; `estimate` takes the channels' moments from the training images."""
+    training, cached = [*data.labeled, *data.unlabeled], None
+    if config.cache_features:
+        items = [*training, *data.val]
+        place = cache_place(config, items, network)
+        if fabric.is_global_zero:
+            fill_cache(place, config, items, network, progress=progress)
+        fabric.barrier()
+        cached = read_cache(place)
+    if estimate:
+        if cached is None:
+            network.standardise_to(feature_maps(config, training, network, progress=progress))
+        else:
+            network.standardise_to(cached[item.image] for item in training)
+    return cached
+
+
+def method(config: Config) -> str:
+    """One line on what makes the pseudo-labels and by which affinity, and why that one."""
+    if config.variant == "supervised":
+        return "labelled images only; no pseudo-labels, and P~ is only scored"
+    if not config.propagates:
+        return "pseudo-labels: P itself (variant no_propagation), and P~ is only scored"
+    labels = "P and P~ blended by Eq. 5" if config.rectify else "P itself (no_rectify)"
+    chosen = "the default" if config.affinity == Config.affinity else "chosen by --affinity"
+    return f"pseudo-labels: {labels}; P~ by affinity {config.affinity}, {chosen}: {AFFINITY_NOTES[config.affinity]}"
+
+
 def _restore(fabric: Fabric, state: State, checkpoint: dict[str, Any], path: Path) -> None:
     state.restore(path, checkpoint)
     try:
@@ -206,10 +251,18 @@ class Trainer:
     """The loop around Eq. 1-8: `fit` goes on from wherever the state stands."""
 
     def __init__(
-        self, fabric: Fabric, config: Config, data: Data, state: State, length: Length, *, progress: bool
+        self,
+        fabric: Fabric,
+        config: Config,
+        data: Data,
+        state: State,
+        length: Length,
+        *,
+        features: CachedFeatures | None = None,
+        progress: bool,
     ) -> None:
         self.fabric, self.config, self.data, self.state, self.length = fabric, config, data, state, length
-        self.progress = progress
+        self.features, self.progress = features, progress
         self.out = Path(config.out)
         self.objective = Objective(config).to(fabric.device)
         if world_size() > 1 and config.batch_norm == "train":
@@ -234,9 +287,7 @@ class Trainer:
         labeled = self._batches(self.data.labeled, labeled=True)
         unlabeled = self._batches(self.data.unlabeled, labeled=False) if self.data.unlabeled else None
         state.network.train()
-        with tqdm(
-            total=length.run, initial=state.step, desc=config.variant, disable=None if self.progress else True
-        ) as bar:
+        with make_bar(length.run, config.variant, initial=state.step, progress=self.progress, leave=True) as bar:
             while state.step < length.run:
                 batch_l, batch_u = self._to(next(labeled)), self._to(next(unlabeled)) if unlabeled else None
                 terms, facts = self._terms(batch_l, batch_u)
@@ -257,7 +308,9 @@ class Trainer:
                     numbers = {name: total(term).item() / world_size() for name, term in (terms | facts).items()}
                     numbers |= {"loss": total(loss).item() / world_size(), "lr": state.schedule.get_last_lr()[0]}
                     self.log.add(state.step, self._epoch(), "train", numbers)
-                    bar.set_postfix({"loss": f"{numbers['loss']:.3f}"} | {k: f"{numbers[k]:.2f}" for k in facts})
+                    bar.set_postfix(
+                        {"loss": f"{numbers['loss']:.3f}"} | {k: f"{numbers[k]:.2f}" for k in facts}, refresh=False
+                    )
                 bar.update()
                 if epoch_ends:
                     self._end_epoch()
@@ -271,7 +324,7 @@ class Trainer:
         scores = evaluate(
             networks,
             self.objective.propagate,
-            self.val,
+            self._scored(),
             self.data.class_names,
             mode=self.config.evaluation,
             window=self.config.crop_size,
@@ -279,6 +332,14 @@ class Trainer:
         )
         self.state.network.train()
         return scores
+
+    def _scored(self) -> SegmentationDataset:
+        """Validation samples: images, or their cached features where these are worked on as a whole."""
+        if self.features is None or self.config.evaluation != "original":
+            return self.val
+        return SegmentationDataset(
+            self.data.val, labeled=True, size=self.features.size, stored_mask=True, features=self.features
+        )
 
     def draw_panel(self, path: Path, scores: dict[str, dict[str, Any]] | None = None) -> None:
         """Writes validation images with what the tested network makes of them, and its scores if given."""
@@ -354,14 +415,14 @@ class Trainer:
         if self.quality and "mask" in batch_u:
             self.quality.unlabeled(weak, pseudo, confident, batch_u["mask"], valid)
 
-        boxes = self._boxes().to(valid.device)
+        boxes = self._boxes(batch_u["weak"]).to(valid.device)
         strong, pseudo, weak_feats = (cutmix(x, boxes) for x in (batch_u["strong"], pseudo, weak.feats))
         confident, valid = (cutmix(x[:, None], boxes)[:, 0] for x in (confident, valid))
 
         # One pass, so that batch statistics see both halves.
         both: Output = self.network(torch.cat([batch_l["image"], strong]))
-        count = len(batch_l["image"])
-        half_l, half_u = (Output(both.logits[part], both.feats[part]) for part in (slice(count), slice(count, None)))
+        halves = (len(batch_l["image"]), len(strong))
+        half_l, half_u = map(Output, both.logits.split(halves), both.feats.split(halves))
         if self.quality:
             self.quality.labeled(half_l, batch_l["mask"], batch_l["valid"])
         terms = objective.labeled(half_l, batch_l["mask"], batch_l["valid"])
@@ -369,12 +430,13 @@ class Trainer:
         kept = global_mean((confident & valid).sum(), valid.sum())
         return terms, {"threshold": state.threshold.value.clone(), "kept": kept}
 
-    def _boxes(self) -> Tensor:
+    def _boxes(self, weak: Tensor) -> Tensor:
         """This process's part of the global batch's CutMix boxes, which depend on seed and step only."""
+        grid = (self.config.crop_grid, self.config.crop_grid) if self.features is None else weak.shape[-2:]
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.state.step)
         boxes = cutmix_boxes(
             self.config.unlabeled_batch,
-            (self.config.crop_grid, self.config.crop_grid),
+            grid,
             probability=self.config.cutmix_probability,
             generator=generator,
         )
@@ -396,13 +458,17 @@ class Trainer:
 
     def _batches(self, items: list[Any], *, labeled: bool) -> Iterator[Batch]:
         """Augmented batches from the state's step on; each depends on the seed and its step only."""
-        config = self.config
+        config, features = self.config, self.features
+        transform: nn.Module = Augment(config, strong=not labeled)
+        if features is not None:
+            transform = AugmentFeatures(config, self.state.network.channel_mean, strong=not labeled)
         dataset = SegmentationDataset(
             items,
             labeled=labeled or (config.measure_pseudo_labels and all(item.mask.is_file() for item in items)),
-            size=config.image_size,
-            transform=Augment(config, strong=not labeled),
+            size=config.image_size if features is None else features.size,
+            transform=transform,
             cache=config.cache_images,
+            features=features,
         )
         batch_size = config.labeled_batch if labeled else config.unlabeled_batch
         batches = SeededBatches(

@@ -1,0 +1,375 @@
+"""`clicks`: what completing sparse labels is worth; the truth of validation images stands in for the person who clicks.
+
+Settings are chosen on unlabelled training images of the first run's data set, whose masks are read for this only. Then
+every run's validation images are read once: a few pixels of each class, or one stroke, are shown to every method.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlprop import DerivativeLabelPropagation
+from dlprop.affinity import Discriminant, Ridge
+
+from .cache import CachedFeatures, cache_place, fill_cache, read_cache
+from .choice import Finished, add_machine_arguments, load_finished, make_device
+from .complete import Completion, standardised
+from .config import ConfigError
+from .data import VOID, Item, load_data, read_mask
+from .evaluate import make_metric
+from .files import versions, write_bytes, write_json
+from .frozen import FrozenNetwork
+from .progress import make_bar
+
+AMOUNTS = ("1", "5", "20", "stroke")
+DRAWS = 3
+CHOSEN_ON = 40  # images
+SLOW = ("label spreading, backbone", "label spreading, network")  # one draw of the first network
+# Paired: the same clicks, the same network.
+GAINS = (
+    ("attention, backbone", "nearest labelled pixel"),
+    ("attention, backbone", "label spreading, backbone"),
+    ("network corrected by attention", "network alone"),
+    ("network corrected by attention", "network, last layer trained on the clicks"),
+    ("network corrected by attention", "network times attention"),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the methods see of an image with sparse labels.
+
+    Attributes:
+        labels: (H, W) uint8, `VOID` where there is none.
+        decoder: (1, D, h, w), the network's features V.
+        backbone: (1, K, h, w), the frozen backbone's, standardised over the image.
+        logits: (1, C, h, w) of the network.
+        classifier: the network's last layer, with the dropout before it.
+    """
+
+    labels: Tensor
+    decoder: Tensor
+    backbone: Tensor
+    logits: Tensor
+    classifier: nn.Module
+
+    @property
+    def clicks(self) -> tuple[Tensor, Tensor]:
+        """The labelled pixels' places (k, 2), x and y in [-1, 1], and classes (k,)."""
+        rows, columns = (self.labels != VOID).nonzero(as_tuple=True)
+        H, W = self.labels.shape
+        places = torch.stack((2 * columns / (W - 1) - 1, 2 * rows / (H - 1) - 1), dim=1)
+        return places, self.labels[rows, columns].long()
+
+    def at_clicks(self, x: Tensor) -> Tensor:
+        """(1, K, h, w) at the labelled pixels, (1, K, k)."""
+        return F.grid_sample(x, self.clicks[0][None, None], align_corners=True)[:, :, 0]
+
+
+Method = Callable[[Sample], Tensor]  # scores (1, C, h, w), or (1, C, H, W)
+
+
+def draw_labels(truth: Tensor, amount: str, generator: np.random.Generator) -> Tensor:
+    """(H, W): of every class of the truth the number of random pixels that `amount` says, or one straight stroke."""
+    sparse = torch.full_like(truth, VOID)
+    for label in truth.unique().tolist():
+        if label == VOID:
+            continue
+        inside = (truth == label).numpy()
+        places = np.argwhere(inside)
+        if amount == "stroke":
+            chosen = _stroke(inside, places[generator.integers(len(places))])
+        else:
+            chosen = places[generator.choice(len(places), min(int(amount), len(places)), replace=False)]
+        sparse[chosen[:, 0], chosen[:, 1]] = label
+    return sparse
+
+
+def _stroke(inside: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The longest of eight straight lines through `start` that stay inside, one pixel wide."""
+    lines = []
+    for angle in np.arange(8) * np.pi / 8:
+        step = np.array((np.sin(angle), np.cos(angle)))
+        halves = []
+        for sign in (1, -1):
+            line = np.round(start + sign * step * np.arange(max(inside.shape))[:, None]).astype(int)
+            fits = ((line >= 0) & (line < inside.shape)).all(1)
+            line = line[: len(fits) if fits.all() else int(fits.argmin())]
+            fits = inside[line[:, 0], line[:, 1]]
+            halves.append(line[: len(fits) if fits.all() else int(fits.argmin())])
+        lines.append(np.unique(np.concatenate(halves), axis=0))
+    return max(lines, key=len)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods
+
+
+def nearest(sample: Sample, num_classes: int) -> Tensor:
+    """The class of the nearest labelled pixel."""
+    rows, columns = distance_transform_edt((sample.labels == VOID).numpy(), return_distances=False, return_indices=True)
+    return F.one_hot(sample.labels[rows, columns].long(), num_classes).permute(2, 0, 1)[None].float()
+
+
+def label_spreading(sample: Sample, num_classes: int, feats: Tensor, *, neighbors: int, alpha: float) -> Tensor:
+    """scikit-learn's label spreading over the graph of nearest neighbours of grid points and labelled pixels."""
+    from sklearn.semi_supervised import LabelSpreading  # a second that the other commands need not wait
+
+    V = F.normalize(torch.cat((sample.at_clicks(feats), feats.flatten(2)), 2)[0], dim=0).T.numpy()
+    labels = np.full(len(V), -1)
+    labels[: len(sample.clicks[1])] = sample.clicks[1].numpy()
+    model = LabelSpreading(kernel="knn", n_neighbors=neighbors, alpha=alpha, max_iter=100, tol=1e-2).fit(V, labels)
+    scores = torch.zeros(num_classes, len(V))
+    scores[torch.from_numpy(model.classes_)] = torch.from_numpy(model.label_distributions_).float().T
+    return scores[None, :, len(sample.clicks[1]) :].unflatten(2, feats.shape[-2:])
+
+
+def closed_form(sample: Sample, num_classes: int, feats: Tensor, affinity: Ridge | Discriminant) -> Tensor:
+    """Ridge or discriminant from the labelled pixels alone."""
+    sources = 30 * F.one_hot(sample.clicks[1], num_classes).T[None].float()
+    out = DerivativeLabelPropagation(affinity)(sources, sample.at_clicks(feats), feats.flatten(2))
+    return out.unflatten(2, feats.shape[-2:])
+
+
+def tuned_classifier(sample: Sample, *, steps: int, lr: float) -> Tensor:
+    """The network with its last layer trained on the labelled pixels, by gradient descent from where it was."""
+    layer = sample.classifier[-1]  # type: ignore[index]  # an nn.Sequential
+    weight, bias = (x.detach().clone().requires_grad_() for x in (layer.weight[:, :, 0, 0], layer.bias))
+    V, truth = sample.at_clicks(sample.decoder)[0].T, sample.clicks[1]
+    optimizer = torch.optim.SGD((weight, bias), lr=lr)
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(F.linear(V, weight, bias), truth).backward()
+            optimizer.step()
+    return F.conv2d(sample.decoder, weight.detach()[:, :, None, None], bias.detach())
+
+
+def product(sample: Sample, num_classes: int, *, sharpness: float, position: float, power: float) -> Tensor:
+    """The network's P times a power of what attention over the labelled pixels says."""
+    one_step = Completion(sharpness=sharpness, position=position, steps=1)
+    attention = one_step(sample.decoder, sample.labels, num_classes) + 1 / num_classes  # the errors' own start
+    return sample.logits.softmax(1) * attention.clamp_min(1e-4) ** power
+
+
+def methods(num_classes: int, settings: dict[str, Any]) -> dict[str, Method]:
+    """Every row of the table with its settings: first those that need no network."""
+    C, chosen = num_classes, settings
+
+    def completion(name: str) -> Completion:
+        return Completion(**chosen[name])
+
+    return {
+        "nearest labelled pixel": lambda s: nearest(s, C),
+        "label spreading, backbone": lambda s: label_spreading(s, C, s.backbone, **chosen["label spreading"]),
+        "ridge, backbone": lambda s: closed_form(s, C, s.backbone, Ridge(**chosen["ridge"])),
+        "discriminant, backbone": lambda s: closed_form(s, C, s.backbone, Discriminant(**chosen["discriminant"])),
+        "attention, backbone": lambda s: completion("attention, backbone")(s.backbone, s.labels, C),
+        "network alone": lambda s: s.logits,
+        "label spreading, network": lambda s: label_spreading(s, C, s.decoder, **chosen["label spreading"]),
+        "ridge, network": lambda s: closed_form(s, C, s.decoder, Ridge(**chosen["ridge"])),
+        "discriminant, network": lambda s: closed_form(s, C, s.decoder, Discriminant(**chosen["discriminant"])),
+        "attention, network": lambda s: completion("attention, network")(s.decoder, s.labels, C),
+        "network, last layer trained on the clicks": lambda s: tuned_classifier(s, **chosen["last layer"]),
+        "network times attention": lambda s: product(s, C, **chosen["product"]),
+        "network corrected by attention": lambda s: completion("corrected")(s.decoder, s.labels, C, s.logits),
+        "network corrected by attention on the backbone": lambda s: completion("corrected, backbone")(
+            s.backbone, s.labels, C, s.logits
+        ),
+    }
+
+
+def grids() -> dict[str, tuple[str, list[dict[str, Any]]]]:
+    """For each name in the settings the row that it is chosen by, and what is tried."""
+
+    def every(**options: Sequence[Any]) -> list[dict[str, Any]]:
+        return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+
+    attention = every(sharpness=[20.0, 40.0], position=[0.0, 0.5, 1.0], steps=[1])
+    corrected = every(sharpness=[20.0, 40.0], position=[0.5, 1.0], steps=[2, 3, 5])
+    return {
+        "label spreading": ("label spreading, network", every(neighbors=[10, 30, 100], alpha=[0.2, 0.8])),
+        "ridge": ("ridge, network", every(shrinkage=[0.1, 1.0, 10.0, 100.0], balance=[0.5])),
+        "discriminant": ("discriminant, network", every(shrinkage=[0.1, 1.0, 10.0, 100.0])),
+        "attention, backbone": ("attention, backbone", attention),
+        "attention, network": ("attention, network", attention),
+        "last layer": ("network, last layer trained on the clicks", every(steps=[3, 10, 30], lr=[0.03, 0.1, 0.3])),
+        "product": (
+            "network times attention", every(sharpness=[20.0, 40.0], position=[0.5], power=[0.25, 0.5, 1.0])
+        ),
+        "corrected": ("network corrected by attention", corrected),
+        "corrected, backbone": ("network corrected by attention on the backbone", corrected),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of one data set with their cached features and a network."""
+
+    finished: Finished
+    items: list[Item]
+    cached: CachedFeatures
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.finished.class_names)
+
+    def samples(self, amount: str, draw: int, *, progress: bool = True) -> Iterator[tuple[Sample, Tensor]]:
+        """Every image with labels of one draw, and its truth (H, W)."""
+        network = self.finished.network("tested")
+        with make_bar(len(self.items), f"{self.finished.name}: {amount}, draw {draw}", progress=progress) as bar:
+            for index, item in enumerate(self.items):
+                truth = torch.from_numpy(read_mask(item))
+                labels = draw_labels(truth, amount, np.random.default_rng((draw, index)))
+                features = self.cached[item.image][None].float()
+                decoder = network(features).feats
+                logits = network.classifier(decoder)  # type: ignore[operator]
+                yield Sample(labels, decoder, standardised(features), logits, network.classifier), truth  # type: ignore[arg-type]
+                bar.update()
+
+
+def make_images(finished: Finished, *, chosen: bool, count: int = CHOSEN_ON) -> Images:
+    """So many validation images of a run, or of its unlabelled training images with masks, spread evenly; 0: all."""
+    network, config = finished.network("tested"), finished.config
+    if not isinstance(network, FrozenNetwork):
+        raise ConfigError(f"run: expected runs with a frozen backbone, got {finished.path}")
+    data = load_data(replace(config, variant="no_propagation") if chosen else config)
+    items = [item for item in data.unlabeled if item.mask.is_file()] if chosen else data.val
+    if chosen and not items:
+        raise ConfigError(f"runs: expected masks for some unlabelled images of {config.data}, to choose settings by")
+    if 0 < count < len(items):
+        items = [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
+    place = cache_place(config, items, network)
+    fill_cache(place, config, items, network)
+    return Images(finished, items, read_cache(place))
+
+
+def score(images: Images, rows: dict[Any, Method], amount: str, draw: int) -> dict[Any, float]:
+    """The mIoU of every method over the images, in percent."""
+    metrics = {name: make_metric(images.num_classes) for name in rows}
+    for sample, truth in images.samples(amount, draw):
+        for name, method in rows.items():
+            scores = F.interpolate(method(sample), truth.shape, mode="bilinear", align_corners=True)
+            metrics[name].update(scores[0].max(0).indices[None], truth[None].long())
+    return {name: 100 * metric.compute()["miou"].item() for name, metric in metrics.items()}
+
+
+def choose(images: Images, known: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of every grid the setting with the highest mIoU, averaged over the amounts, and the figures of all.
+
+    Settings that `known`, an earlier result, has figures of are not tried again.
+    """
+    tried = {
+        name: [
+            next((t for t in known.get(name, {"tried": []})["tried"] if t.items() >= setting.items()), setting)
+            for setting in settings
+        ]
+        for name, (_, settings) in grids().items()
+    }
+    rows = {
+        (name, number): methods(images.num_classes, {name: setting})[grids()[name][0]]
+        for name, settings in tried.items()
+        for number, setting in enumerate(settings)
+        if "miou" not in setting
+    }
+    if rows:
+        figures = [score(images, rows, amount, draw=100) for amount in AMOUNTS]
+        for name, number in rows:
+            tried[name][number] |= {"miou": float(np.mean([figure[name, number] for figure in figures]))}
+    chosen = {}
+    for name, settings in tried.items():
+        best = max(settings, key=lambda setting: setting["miou"])
+        chosen[name] = {"setting": {key: best[key] for key in best if key != "miou"}, "tried": settings}
+    return chosen
+
+
+def add_clicks_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `clicks`."""
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", required=True, metavar="FOLDER",
+        help="finished runs with a frozen backbone; settings are chosen on the first one's data, several of one data "
+        "set are averaged",
+    )  # fmt: skip
+    parser.add_argument("--images", type=int, default=0, help="of each validation list, spread evenly; 0: all")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for clicks.json and clicks.md")
+    add_machine_arguments(parser)
+
+
+@torch.no_grad()
+def clicks(arguments: argparse.Namespace) -> None:
+    """Chooses, measures, and writes JSON and a table; goes on where an interrupted call has stopped."""
+    device = make_device("cpu", arguments.threads)
+    runs = load_finished([folder / "latest.pt" for folder in arguments.runs], device)
+    path = arguments.out / "clicks.json"
+    result = json.loads(path.read_text()) if path.is_file() else {"versions": versions(), "figures": {}}
+    result["chosen"] = choose(make_images(runs[0], chosen=True), result.get("chosen", {}))
+    write_json(path, result)
+    settings = {name: chosen["setting"] for name, chosen in result["chosen"].items()}
+    for run in runs:
+        images, name, data = (
+            make_images(run, chosen=False, count=arguments.images),
+            run.path.parent.name,
+            Path(run.config.data).name,
+        )
+        is_first = data not in (other["data"] for key, other in result["figures"].items() if key != name)
+        of_run = result["figures"].setdefault(name, {"data": data, "images": len(images.items)})
+        for amount, draw in itertools.product(AMOUNTS, range(DRAWS)):
+            key = f"{amount}/{draw}"
+            if key not in of_run:
+                rows = methods(images.num_classes, settings)
+                of_run[key] = score(
+                    images,
+                    {row: rows[row] for row in rows if (draw == 0 and is_first) or row not in SLOW},
+                    amount,
+                    draw,
+                )
+                write_json(path, result)
+    table = make_table(result)
+    write_bytes(arguments.out / "clicks.md", table.encode())
+    print(table)
+
+
+def make_table(result: dict[str, Any]) -> str:
+    """Mean mIoU over draws and networks with its standard deviation, and paired gains with their standard error."""
+    lines = []
+    for data in dict.fromkeys(of_run["data"] for of_run in result["figures"].values()):
+        of_data = [of_run for of_run in result["figures"].values() if of_run["data"] == data]
+        networks = f"{len(of_data)} network{'s' if len(of_data) > 1 else ''}"
+        lines += [f"### {data}: {of_data[0]['images']} images, {networks}, {DRAWS} draws of clicks", ""]
+        lines += ["| mIoU | 1 click a class | 5 | 20 | a stroke a class |", "|---|---|---|---|---|"]
+
+        def values(method: str, amount: str, of_data: list[Any] = of_data) -> np.ndarray:
+            drawn = (of_run[f"{amount}/{draw}"] for of_run in of_data for draw in range(DRAWS))
+            return np.array([figures.get(method, np.nan) for figures in drawn])
+
+        for method in of_data[0][f"{AMOUNTS[0]}/0"]:
+            cells = (_with_spread(values(method, amount)) for amount in AMOUNTS)
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        for method, control in GAINS:
+            gains = (values(method, amount) - values(control, amount) for amount in AMOUNTS)
+            cells = (_with_spread(gain, "+", of_mean=True) for gain in gains)
+            lines.append(f"| *{method}* over *{control}* | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _with_spread(values: np.ndarray, sign: str = "", *, of_mean: bool = False) -> str:
+    """Mean and standard deviation, or the standard error of the mean; of one value that alone."""
+    values = values[np.isfinite(values)]
+    mean = f"{values.mean():{sign}.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {values.std(ddof=1) / (len(values) if of_mean else 1) ** 0.5:.1f}"

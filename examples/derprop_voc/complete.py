@@ -1,0 +1,192 @@
+"""`complete`: sparse labels of an image, such as clicks or strokes, made dense by attention over the labelled pixels.
+
+Each step asks what the prediction gets wrong at the labelled pixels and gives every pixel the average of these errors
+over the labelled pixels most like it, in features and place. Where the prediction is right nothing changes, so one
+click cannot spoil what a network knows, and many are heard. Without a network the prediction starts as equal.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlprop import DerivativeLabelPropagation
+from dlprop.affinity import Softmax
+
+from .augment import to_input
+from .choice import add_machine_arguments, add_network_argument, checkpoint_files, load_finished, make_device
+from .config import Config, ConfigError
+from .data import VOID, check_mask, read_image, read_mask
+from .frozen import FrozenNetwork
+from .panels import class_colours
+from .predict_folder import draw_legend, list_images, overlay, palette_image, write_png
+from .progress import make_bar
+from .sources import DataError, Item
+
+# An image (1, 3, H, W) in [0, 1] -> features (1, D, h, w) and, with a network, logits (1, C, h', w').
+Describe = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """Attention over labelled pixels; the defaults were chosen on CamVid's training images, see `clicks`.
+
+    Args:
+        sharpness: `1 / sigma^2` of the Gaussian on features of unit length.
+        position: how much the place counts: two pixels the image's height apart are as different as features whose
+            difference has this length.
+        steps: how often the errors are carried.
+    """
+
+    sharpness: float = 20.0
+    position: float = 0.5
+    steps: int = 3
+
+    def __call__(self, feats: Tensor, labels: Tensor, num_classes: int, logits: Tensor | None = None) -> Tensor:
+        """Logits (1, C, h, w) of the completed map on the grid of the features.
+
+        Args:
+            feats: (1, D, h, w), on a grid whose corners are the image's.
+            labels: (H, W) integers, `VOID` where there is none; at least one label.
+            num_classes: C.
+            logits: (1, C, h', w') of a network, resized to the features; None: equal probabilities.
+
+        Cost: steps * (h w + labelled pixels) * labelled pixels * (D + C).
+        """
+        grid, size = feats.shape[-2:], labels.shape
+        rows, columns = (labels != VOID).nonzero(as_tuple=True)
+        truth = F.one_hot(labels[rows, columns].long(), num_classes).T[None].float()  # (1, C, k)
+        places = torch.stack((columns / max(1, size[1] - 1), rows / max(1, size[0] - 1)))  # x and y in [0, 1]
+        at = 2 * places.T[None, None].to(feats) - 1
+
+        def sampled(x: Tensor) -> Tensor:
+            return F.grid_sample(x, at, align_corners=True)[:, :, 0]
+
+        scale = self.position * torch.tensor([[size[1] / size[0]], [1.0]]).to(feats)
+        y, x = torch.meshgrid(*(torch.linspace(0, 1, edge) for edge in grid), indexing="ij")
+        targets = torch.cat(
+            (F.normalize(feats).flatten(2), (scale * torch.stack((x, y)).flatten(1).to(feats))[None]), 1
+        )
+        sources = torch.cat((F.normalize(sampled(feats)), (scale * places.to(feats))[None]), 1)
+
+        affinity = Softmax(over="sources", similarity="gaussian", normalize=None, weights=(self.sharpness,))
+        propagate = DerivativeLabelPropagation(affinity)
+        if logits is None:
+            logits = feats.new_zeros(1, num_classes, *grid)
+        completed = F.interpolate(logits, grid, mode="bilinear", align_corners=True)
+        for _ in range(self.steps):
+            errors = truth - sampled(completed).softmax(1)
+            completed = completed + propagate(errors, sources, targets).unflatten(2, grid)
+        return completed
+
+
+def dense_labels(completed: Tensor, labels: Tensor) -> Tensor:
+    """Ids (H, W) of completed logits (1, C, h, w), with the given labels where there are some."""
+    dense = F.interpolate(completed, labels.shape, mode="bilinear", align_corners=True)[0].max(0).indices
+    return torch.where(labels == VOID, dense, labels.long())
+
+
+def network_features(network: nn.Module) -> Describe:
+    """The features V and the logits of a trained network."""
+
+    def describe(image: Tensor) -> tuple[Tensor, Tensor | None]:
+        output = network(image)
+        return output.feats, output.logits
+
+    return describe
+
+
+def backbone_features(network: FrozenNetwork) -> Describe:
+    """The features of a backbone alone, standardised over the image; no logits."""
+
+    def describe(image: Tensor) -> tuple[Tensor, Tensor | None]:
+        return standardised(network.backbone_features(image)), None
+
+    return describe
+
+
+def standardised(features: Tensor) -> Tensor:
+    """Every channel of (1, K, h, w) with mean 0 and standard deviation 1 over the image."""
+    return F.instance_norm(features.float())
+
+
+def add_complete_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `complete`."""
+    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="its jpg, jpeg and png files")
+    parser.add_argument(
+        "--labels", type=Path, required=True, metavar="FOLDER",
+        help=f"<stem>.png for each image: class ids on the labelled pixels, {VOID} elsewhere",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for masks and overlays")
+    parser.add_argument(
+        "--run", type=Path, metavar="FOLDER", help="run folder of a trained network; without, a backbone"
+    )
+    parser.set_defaults(checkpoint=None)
+    add_network_argument(parser)
+    parser.add_argument("--backbone", default="timm/tf_efficientnet_lite0", help="without --run (%(default)s)")
+    parser.add_argument("--weights", default="none", help="of the backbone: timm, or a file; see the README")
+    parser.add_argument("--num-classes", type=int, default=0, help="without --run; 0: the largest label plus one")
+    for name, text in (("sharpness", "of the attention"), ("position", "weight of the place"), ("steps", "of errors")):
+        default = getattr(Completion, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (%(default)s)")
+    parser.add_argument("--alpha", type=float, default=0.5, help="opacity of an overlay's colours (%(default)s)")
+    add_machine_arguments(parser)
+
+
+@torch.no_grad()
+def complete_command(arguments: argparse.Namespace) -> None:
+    """Completes a folder and says what was written."""
+    if not 0 <= arguments.alpha <= 1:
+        raise ConfigError(f"alpha: expected 0 to 1, got {arguments.alpha}")
+    if arguments.sharpness <= 0 or arguments.position < 0 or arguments.steps < 1:
+        raise ConfigError("sharpness, position, steps: expected above 0, at least 0 and at least 1")
+    images = list_images(arguments.images)
+    if arguments.out.resolve() in (arguments.images.resolve(), arguments.labels.resolve()):
+        raise ConfigError(f"out: expected another folder than those of images and labels, got {arguments.out}")
+    items, labelled = zip(*(check_sparse(path, arguments.labels / f"{path.stem}.png") for path in images), strict=True)
+    highest = max(labelled)
+    device = make_device(arguments.accelerator, arguments.threads)
+    if arguments.run is None:
+        names = tuple(map(str, range(arguments.num_classes or highest + 1)))
+        config = Config(backbone=arguments.backbone, weights=arguments.weights, freeze_backbone=True)
+        if arguments.weights == "none":
+            raise ConfigError("weights: expected the backbone's, timm or a file: features of a random one say nothing")
+        describe, size = backbone_features(FrozenNetwork(config, len(names)).to(device).eval()), ()
+    else:
+        (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
+        names, size = finished.class_names, finished.config.image_size
+        describe = network_features(finished.network(arguments.network))
+    if highest >= len(names):
+        raise DataError(f"{arguments.labels}: expected labels 0 to {len(names) - 1} or {VOID}, found {highest}")
+    completion = Completion(sharpness=arguments.sharpness, position=arguments.position, steps=arguments.steps)
+    colours = np.round(255 * class_colours(len(names))).astype(np.uint8)
+    with make_bar(len(items), "complete", progress=True) as bar:
+        for item in items:
+            labels = torch.from_numpy(read_mask(item)).to(device)
+            feats, logits = describe(to_input(read_image(item.image, size))[None].to(device))
+            dense = dense_labels(completion(feats, labels, len(names), logits), labels)
+            ids = dense.to("cpu", torch.uint8).numpy()
+            picture = read_image(item.image).permute(1, 2, 0).numpy()
+            write_png(arguments.out / f"{item.name}_mask.png", palette_image(ids, colours))
+            write_png(arguments.out / f"{item.name}_overlay.png", overlay(picture, colours[ids], arguments.alpha))
+            bar.update()
+    draw_legend(arguments.out / "legend.png", names)
+    print(f"{len(images)} images: masks, overlays and legend.png are in {arguments.out}")
+
+
+def check_sparse(image: Path, mask: Path) -> tuple[Item, int]:
+    """An image with its sparse labels, and the highest of these.
+
+    Raises:
+        DataError: for a missing or unreadable mask, one of another size than the image, and one without a label.
+    """
+    item = Item(image.stem, image, mask)
+    highest = check_mask(item, VOID)
+    if highest < 0:
+        raise DataError(f"{mask}: expected at least one labelled pixel, found only {VOID}")
+    return item, highest
