@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 
 from .ablate import ablate, add_ablate_arguments
 from .clicks import add_clicks_arguments, clicks
+from .clips import add_clips_arguments, clips
 from .complete import add_complete_arguments, complete_command
 from .config import ConfigError, add_config_arguments, config_from_arguments
 from .data import DataError
 from .demo import add_demo_arguments, demo
 from .distributed import rank
+from .edges import add_edges_arguments, edges
 from .files import CheckpointError
 from .inspection import inspect_command
 from .predict_folder import add_predict_arguments, predict_command
@@ -24,6 +26,7 @@ from .similarity_maps import add_similarity_arguments, similarity_command
 from .split import add_split_arguments, split_command
 from .sweep import add_sweep_arguments, sweep
 from .train import DivergedError, run
+from .video import add_video_arguments, video
 
 DONE, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 2, 3, 130
 UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
@@ -61,6 +64,9 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     "predict": ("colour masks and overlays for a folder of images", add_predict_arguments, predict_command),
     "complete": ("clicks or strokes on a folder of images made dense", add_complete_arguments, complete_command),
     "clicks": ("measure what completing sparse labels is worth", add_clicks_arguments, clicks),
+    "video": ("labels of some frames of a clip carried to the others", add_video_arguments, video),
+    "clips": ("measure what carrying labels along a clip is worth", add_clips_arguments, clips),
+    "edges": ("measure what a window of colours does at edges", add_edges_arguments, edges),
     "similarity": ("what one pixel of an image is similar to", add_similarity_arguments, similarity_command),
     "sweep": ("other propagation settings on a finished network", add_sweep_arguments, sweep),
     "ablate": ("run a grid of variants and seeds, and write their table", add_ablate_arguments, ablate),

@@ -53,7 +53,7 @@ def test_every_public_name_has_its_page():
 def test_the_tests_that_the_theory_page_names_exist():
     page = (DOCS / "theory.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+)`", page))
-    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     assert named - set(re.findall(r"^def (test_\w+)", tests, flags=re.MULTILINE)) == set()
     files = (ROOT / "tests" / f"test_{name}.py" for name in ("theory_statements", "closed_form_theory"))
     statements = "".join(path.read_text(encoding="utf-8") for path in files)

@@ -22,7 +22,7 @@ RECIPES = ROOT / "docs" / "recipes"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 # Third-party imports and ONNX take seconds, the arithmetic takes none.
-QUICK = {"correlation_head", "frames", "new_camera", "semi_supervised"}
+QUICK = {"clicks", "correlation_head", "edges", "frames", "new_camera", "semi_supervised"}
 PAGES = sorted(path.stem for path in RECIPES.glob("*.md") if path.stem != "index")
 MARKED = [pytest.param(page, marks=[] if page in QUICK else pytest.mark.slow) for page in PAGES]
 
@@ -155,10 +155,11 @@ def test_the_pair_loss_of_a_model_reaches_its_features(page, weight):
     assert torch.autograd.grad(loss, weight(recipe))[0].abs().sum() > 0
 
 
-def test_frame_scores_of_one_region_sum_to_its_sources():
+def test_what_a_frame_receives_are_probabilities():
     recipe = run("frames")
-    totals = recipe["propagate"](recipe["sources"], recipe["feats"], recipe["target_feats"]).sum((2, 3))
-    torch.testing.assert_close(totals, recipe["sources"].sum((2, 3)))
+    for probabilities in recipe["carry"](recipe["frames"], recipe["truth"][0], num_classes=2):
+        torch.testing.assert_close(probabilities.sum(1), torch.ones_like(probabilities[:, 0]))
+        assert (probabilities >= 0).all()
 
 
 def test_the_statistics_of_a_new_camera_hold_the_confident_pixels():

@@ -1,0 +1,342 @@
+"""`video`: the labels of one frame of a clip, or of a few, carried to all others by attention over a memory of frames.
+
+The memory holds the given frames, which stay, and the last few that were predicted. Every pixel of a new frame averages
+the labels of the memory's pixels most like it, in features and place; a network's own prediction can be multiplied in.
+`clips` measures what that is worth.
+"""
+
+import argparse
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dlprop import DerivativeLabelPropagation
+from dlprop.affinity import Softmax
+
+from .augment import to_input
+from .choice import add_machine_arguments, add_network_argument, checkpoint_files, load_finished, make_device
+from .complete import backbone_features, network_features
+from .config import Config, ConfigError
+from .data import VOID, check_image, check_mask, read_image, read_list, read_mask
+from .evaluate import make_metric, summarise
+from .files import write_json
+from .frozen import FrozenNetwork
+from .panels import class_colours
+from .predict_folder import draw_legend, list_images, overlay, palette_image, write_png
+from .progress import make_bar
+from .sources import DataError, Item
+
+Labels = Literal["confident", "hard", "soft"]
+# Features (1, D, h, w) of a frame, and class probabilities (1, C, H, W) of a network or None.
+Described = tuple[Tensor, Tensor | None]
+FRAMES = (1, 10, 25, 50, 100)  # after the given one, at which scores over time are printed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carrying:
+    """How labels are carried; the defaults were chosen on a training clip of CamVid, see `clips`.
+
+    Args:
+        sharpness: `1 / sigma^2` of the Gaussian on features of unit length.
+        position: how much the place counts: two pixels the image's height apart are as different as features whose
+            difference has this length.
+        radius: of a window on the grid of the features in place of `position`, each frame of the memory for itself
+            and then averaged; 0: no window.
+        last: predicted frames in the memory.
+        every: of how many predicted frames one is remembered.
+        labels: what a predicted frame gives: "soft" its probabilities; "hard" their largest as one-hot; "confident"
+            the same, where the probability is at least `threshold`.
+        threshold: see `labels`.
+        doubt: a pixel of a predicted frame counts `exp(-doubt)` times as much as one of a given frame.
+        trust: exponent of the network's probabilities, which are multiplied in.
+    """
+
+    sharpness: float = 100.0
+    position: float = 0.3
+    radius: int = 0
+    last: int = 3
+    every: int = 1
+    labels: Labels = "confident"
+    threshold: float = 0.8
+    doubt: float = 2.0
+    trust: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("position", "radius", "last", "threshold", "doubt", "trust"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.sharpness <= 0 or self.every < 1:
+            raise ConfigError(
+                f"sharpness, every: expected above 0 and at least 1, got {self.sharpness} and {self.every}"
+            )
+
+    @property
+    def affinity(self) -> Softmax:
+        """Attention over the memory."""
+        return Softmax(
+            over="sources",
+            similarity="gaussian",
+            normalize=None,
+            weights=(self.sharpness,),
+            radius=self.radius or None,
+        )
+
+
+class Memory:
+    """Labelled frames: the given ones, which stay, and the last that were predicted.
+
+    Cost: a frame with k frames in the memory takes O(k M^2 (D + C)) time for M grid points of D features, and
+    O(k M (D + C)) memory.
+    """
+
+    def __init__(self, carrying: Carrying) -> None:
+        self.carrying, self.propagate = carrying, DerivativeLabelPropagation(carrying.affinity)
+        self.given: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.last: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=carrying.last)
+
+    def give(self, feats: Tensor, truth: Tensor, num_classes: int) -> None:
+        """A frame's labels (H, W), `VOID` where there is none; a grid point that is half void is no source."""
+        one_hot = F.one_hot(torch.where(truth == VOID, num_classes, truth).long(), num_classes + 1)
+        shares = F.adaptive_avg_pool2d(one_hot.permute(2, 0, 1)[None, :-1].float(), feats.shape[-2:])
+        known = shares.sum(1)
+        if not (known >= 0.5).any():
+            raise DataError(
+                f"given: expected a frame with labels on half of some cell of {truth.shape[0] // known.shape[1]} x "
+                f"{truth.shape[1] // known.shape[2]} pixels, found none; clicks are for the command complete"
+            )
+        self.given.append((self._placed(feats, doubt=0.0), shares / known.clamp(min=1e-6)[:, None], known >= 0.5))
+
+    def remember(self, feats: Tensor, probabilities: Tensor) -> None:
+        """A predicted frame (1, C, H, W)."""
+        labels = F.adaptive_avg_pool2d(probabilities, feats.shape[-2:])
+        is_source = torch.ones_like(labels[:, 0], dtype=torch.bool)
+        if self.carrying.labels != "soft":
+            confidence, ids = labels.max(1)
+            labels = F.one_hot(ids, labels.shape[1]).permute(0, 3, 1, 2).to(labels)
+            if self.carrying.labels == "confident":
+                is_source = confidence >= self.carrying.threshold
+        self.last.append((self._placed(feats, doubt=self.carrying.doubt), labels, is_source))
+
+    def recall(self, feats: Tensor, size: Sequence[int]) -> Tensor:
+        """Probabilities (1, C, H, W) of a new frame."""
+        sources, labels, is_source = (torch.cat(parts) for parts in zip(*self.given, *self.last, strict=True))
+        targets = self._placed(feats, doubt=0.0)
+        if self.carrying.radius:
+            each = self.propagate(labels, sources, targets.expand_as(sources), mask=is_source)
+            carried = each.sum(0, keepdim=True)
+        else:  # all pixels of all frames are the sources of one softmax
+            flat = (x.transpose(0, 1).flatten(1)[None] for x in (labels, sources))
+            carried = self.propagate(*flat, targets.flatten(2), mask=is_source.flatten()[None])
+            carried = carried.unflatten(2, feats.shape[-2:])
+        carried = carried + 1e-6  # no class is ruled out by what the memory shows
+        return F.interpolate(carried / carried.sum(1, keepdim=True), tuple(size), mode="bilinear")
+
+    def _placed(self, feats: Tensor, *, doubt: float) -> Tensor:
+        """Unit features with the place as two more channels, and the doubt as a distance to all targets as a third."""
+        h, w = feats.shape[-2:]
+        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        distance = torch.full((h, w), (2 * doubt / self.carrying.sharpness) ** 0.5)
+        scale = 0.0 if self.carrying.radius else self.carrying.position / h
+        more = torch.stack((scale * y, scale * x, distance))[None].to(feats.device)
+        return torch.cat((F.normalize(feats.float()), more), 1)
+
+
+def carry(
+    describe: Callable[[int], Described],
+    count: int,
+    given: Mapping[int, Tensor],
+    num_classes: int,
+    carrying: Carrying,
+) -> Iterator[tuple[int, Tensor]]:
+    """Carries labels forward from the first given frame, then backward from it; yields a frame's number and ids (H, W).
+
+    Args:
+        describe: a frame's number -> its features and probabilities. Called once for each frame that is not given.
+        count: of frames.
+        given: a frame's number -> its labels (H, W), `VOID` where there is none.
+        num_classes: C.
+        carrying: the settings.
+    """
+    memory = Memory(carrying)
+    for number, truth in given.items():
+        memory.give(describe(number)[0], truth, num_classes)
+    start, size = min(given), next(iter(given.values())).shape
+    for numbers in (range(start, count), reversed(range(start))):
+        memory.last.clear()
+        unknown = (number for number in numbers if number not in given)
+        for step, number in enumerate(unknown):
+            feats, P = describe(number)
+            out = memory.recall(feats, size)
+            if P is not None and carrying.trust:
+                out = out * F.interpolate(P, tuple(size), mode="bilinear", align_corners=True) ** carrying.trust
+                out = out / out.sum(1, keepdim=True)
+            if step % carrying.every == carrying.every - 1:
+                memory.remember(feats, out)
+            yield number, out[0].max(0).indices
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def add_video_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `video`."""
+    parser.add_argument(
+        "--frames", type=Path, required=True, metavar="PATH",
+        help="folder of images in the order of their names, or a list file of a data set in VOC layout",
+    )  # fmt: skip
+    parser.add_argument(
+        "--masks", type=Path, metavar="FOLDER",
+        help=f"<stem>.png with class ids ({VOID}: none) of the given frames; of others they are used for scores only "
+        "(default: the list's own)",
+    )  # fmt: skip
+    parser.add_argument("--given", nargs="+", metavar="NAME", help="frames whose mask is used (default: the first)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for masks, overlays and scores")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="run folder of a network; without, a backbone")
+    parser.set_defaults(checkpoint=None)
+    add_network_argument(parser)
+    parser.add_argument("--backbone", default="timm/tf_efficientnet_lite0", help="without --run (%(default)s)")
+    parser.add_argument("--weights", default="none", help="of the backbone: timm, or a file; see the README")
+    parser.add_argument("--num-classes", type=int, default=0, help="without --run; 0: the largest given label plus one")
+    add_carrying_arguments(parser)
+    parser.add_argument("--alpha", type=float, default=0.5, help="opacity of an overlay's colours (%(default)s)")
+    add_machine_arguments(parser)
+
+
+def add_carrying_arguments(parser: argparse.ArgumentParser) -> None:
+    """A flag for each option of `Carrying`."""
+    helps = {
+        "sharpness": "of the attention",
+        "position": "weight of the place",
+        "radius": "of a window in place of it",
+        "last": "predicted frames in the memory",
+        "every": "of how many predicted frames one is remembered",
+        "labels": "what these give",
+        "threshold": "of confident labels",
+        "doubt": "how much less predicted frames count, as a logarithm",
+        "trust": "exponent of the network's prediction; 0: leave it out",
+    }
+    for item in fields(Carrying):
+        choices = get_args(Labels) if item.name == "labels" else None
+        parser.add_argument(
+            f"--{item.name}",
+            type=type(item.default),
+            default=item.default,
+            choices=choices,
+            help=f"{helps[item.name]} (%(default)s)",
+        )
+
+
+@torch.no_grad()
+def video(arguments: argparse.Namespace) -> None:
+    """Carries the labels through a clip, and says what was written and, where there is truth, how good it is."""
+    if not 0 <= arguments.alpha <= 1:
+        raise ConfigError(f"alpha: expected 0 to 1, got {arguments.alpha}")
+    carrying = Carrying(**{item.name: getattr(arguments, item.name) for item in fields(Carrying)})
+    items = find_frames(arguments.frames, arguments.masks)
+    if arguments.out.resolve() in {path.resolve() for item in items for path in (item.image.parent, item.mask.parent)}:
+        raise ConfigError(f"out: expected another folder than those of images and masks, got {arguments.out}")
+    numbers = {item.name: number for number, item in enumerate(items)}
+    chosen = arguments.given or [items[0].name]
+    unknown = [name for name in chosen if name not in numbers]
+    if unknown:
+        raise ConfigError(f"given: expected names of frames, such as {items[0].name}, got {unknown[0]}")
+    highest = max(check_mask(items[numbers[name]], VOID) for name in chosen)
+    if highest < 0:
+        raise DataError(f"{items[numbers[chosen[0]]].mask}: expected labelled pixels, found only void ({VOID})")
+
+    device = make_device(arguments.accelerator, arguments.threads)
+    size: Sequence[int] = ()
+    if arguments.run is None:
+        if arguments.weights == "none":
+            raise ConfigError("weights: expected the backbone's, timm or a file: features of a random one say nothing")
+        names = tuple(map(str, range(arguments.num_classes or highest + 1)))
+        config = Config(backbone=arguments.backbone, weights=arguments.weights, freeze_backbone=True)
+        of_image = backbone_features(FrozenNetwork(config, len(names)).to(device).eval())
+    else:
+        (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
+        names, size = finished.class_names, finished.config.image_size
+        of_image = network_features(finished.network(arguments.network))
+    if highest >= len(names):
+        raise DataError(
+            f"{arguments.masks or arguments.frames}: expected labels 0 to {len(names) - 1}, found {highest}"
+        )
+
+    def describe(number: int) -> Described:
+        feats, logits = of_image(to_input(read_image(items[number].image, size))[None].to(device))
+        return feats, None if logits is None else logits.softmax(1)
+
+    given = {numbers[name]: torch.from_numpy(read_mask(items[numbers[name]])).to(device) for name in chosen}
+    colours = np.full((VOID + 1, 3), 255, np.uint8)  # void is white; a shorter palette would make PNG cut its id
+    colours[: len(names)] = np.round(255 * class_colours(len(names)))
+    ids = dict(given)
+    start = time.perf_counter()
+    with make_bar(len(items) - len(given), "video", progress=True) as bar:
+        for number, labels in carry(describe, len(items), given, len(names), carrying):
+            ids[number] = labels
+            bar.update()
+    seconds = (time.perf_counter() - start) / max(1, len(items) - len(given))
+    for number, item in enumerate(items):
+        labels = ids[number].to("cpu", torch.uint8).numpy()
+        picture = read_image(item.image).permute(1, 2, 0).numpy()
+        write_png(arguments.out / f"{item.name}_mask.png", palette_image(labels, colours))
+        write_png(arguments.out / f"{item.name}_overlay.png", overlay(picture, colours[labels], arguments.alpha))
+    draw_legend(arguments.out / "legend.png", names)
+    print(f"{len(items)} frames, {seconds:.2f} s each: masks, overlays and legend.png are in {arguments.out}")
+    predicted = {
+        number: labels for number, labels in ids.items() if number not in given and items[number].mask.is_file()
+    }
+    if predicted:
+        scores = score_clip(predicted, items, names)
+        write_json(arguments.out / "scores.json", scores)
+        start_at = min(given)
+        at = ", ".join(f"{100 * scores['frames'][str(start_at + n)]:.1f} at frame {n}" for n in FRAMES
+                       if str(start_at + n) in scores["frames"])  # fmt: skip
+        print(f"mIoU {100 * scores['miou']:.1f} over {len(predicted)} frames{'; ' if at else ''}{at}")
+
+
+def find_frames(place: Path, masks: Path | None) -> list[Item]:
+    """The frames of a folder or a list, all of one size.
+
+    Raises:
+        DataError: for what is missing, and for frames of several sizes.
+    """
+    if place.is_dir():
+        if masks is None:
+            raise ConfigError("masks: expected the folder of the given frames' masks, got none")
+        items = [Item(path.stem, path, masks / f"{path.stem}.png") for path in list_images(place)]
+    else:
+        root = next((path for path in place.resolve().parents if (path / "JPEGImages").is_dir()), place.parent)
+        items = read_list(place, root)
+        if masks is not None:
+            items = [Item(item.name, item.image, masks / f"{item.name}.png") for item in items]
+    size = check_image(items[0].image)
+    for item in items:
+        found = check_image(item.image)
+        if found != size:
+            raise DataError(
+                f"{item.image}: expected frames of one size, {'x'.join(map(str, size))}, found "
+                f"{'x'.join(map(str, found))} (width x height)"
+            )
+    return items
+
+
+def score_clip(predicted: Mapping[int, Tensor], items: Sequence[Item], names: Sequence[str]) -> dict[str, Any]:
+    """MIoU over all predicted frames, IoU of each class, and the mIoU of each frame by its number."""
+    whole, frames = make_metric(len(names)), {}
+    for number, labels in sorted(predicted.items()):
+        check_mask(items[number], len(names))
+        truth = torch.from_numpy(read_mask(items[number])).long()[None]
+        one = make_metric(len(names))
+        for metric in (whole, one):
+            metric.update(labels[None].cpu(), truth)
+        frames[str(number)] = one.compute()["miou"].item()
+    return summarise(whole, names) | {"frames": frames}

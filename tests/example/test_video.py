@@ -1,0 +1,344 @@
+"""Labels carried through a clip: the memory, the order of frames, the commands."""
+
+import argparse
+import json
+import shutil
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from examples.derprop_voc import clips as clips_file
+from examples.derprop_voc.choice import load_finished
+from examples.derprop_voc.clips import Pieces, add_clips_arguments, clips, make_clip
+from examples.derprop_voc.config import ConfigError, make_config
+from examples.derprop_voc.data import DataError
+from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
+from examples.derprop_voc.train import run
+from examples.derprop_voc.video import Carrying, Memory, add_video_arguments, carry, find_frames, video
+from tests.example.test_frozen import FROZEN
+
+GRID, SIZE, D, C = (3, 4), (6, 8), 5, 3
+ALONE = {"last": 0, "doubt": 0.0, "trust": 0.0}
+
+
+def feats():
+    return torch.randn(1, D, *GRID)
+
+
+def probabilities():
+    return torch.randn(1, C, *SIZE).softmax(1)
+
+
+def command(add_arguments, function, *flags):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    function(parser.parse_args([str(flag) for flag in flags]))
+
+
+def cells(x):
+    """(K, 6, 8) averaged over cells of 2 x 2, (K, 12)."""
+    return x.reshape(len(x), 3, 2, 4, 2).mean((2, 4)).reshape(len(x), 12)
+
+
+def literal(frames, target, carrying):
+    """The definition, source by source; frames: features (D, 12), labels (C, 12), is_source (12,), doubt."""
+    points = np.stack(np.divmod(np.arange(12), 4), 1) / 3  # rows and columns, in heights
+    unit = lambda x: x / np.linalg.norm(x, axis=0)  # noqa: E731
+    out = np.zeros((C, 12))
+    for j in range(12):
+        total = 0.0
+        for V, labels, is_source, doubt in frames:
+            for i in np.flatnonzero(is_source):
+                distance = ((unit(V)[:, i] - unit(target)[:, j]) ** 2).sum()
+                distance += carrying.position**2 * ((points[i] - points[j]) ** 2).sum()
+                weight = np.exp(-carrying.sharpness * distance / 2 - doubt)
+                out[:, j] += weight * labels[:, i]
+                total += weight
+        out[:, j] /= total
+    return out
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", ["soft", "hard", "confident"])
+def test_a_memory_is_its_definition(labels):
+    torch.manual_seed(0)
+    carrying = Carrying(sharpness=3.0, position=0.7, labels=labels, threshold=0.45, doubt=0.8)
+    truth = torch.randint(C, SIZE)
+    truth[:2, :2] = 255  # a point without a label
+    truth[0, 2:4] = 255  # half a point
+    truth[0, 4:6], truth[1, 4] = 255, 255  # three quarters
+    given, predicted, target, P = feats(), feats(), feats(), probabilities()
+    memory = Memory(carrying)
+    memory.give(given, truth, C)
+    memory.remember(predicted, P)
+    flat = truth.numpy()
+    known = cells((flat != 255)[None].astype(float))[0]
+    shares = cells(np.stack([flat == c for c in range(C)]).astype(float)) / np.maximum(known, 1e-9)
+    mean = cells(P[0].numpy())
+    one_hot = (mean == mean.max(0)).astype(float)
+    confident = mean.max(0) >= 0.45
+    assert 0 < confident.sum() < 12
+    frames = [
+        (given[0].flatten(1).numpy(), shares, known >= 0.5, 0.0),
+        (
+            predicted[0].flatten(1).numpy(),
+            mean if labels == "soft" else one_hot,
+            confident if labels == "confident" else np.ones(12),
+            0.8,
+        ),
+    ]
+    assert list(np.flatnonzero(~frames[0][2])) == [0, 2]
+    expected = literal(frames, target[0].flatten(1).numpy(), carrying)
+    np.testing.assert_allclose(memory.recall(target, GRID)[0].flatten(1), expected, atol=5e-6)
+    assert memory.recall(target, SIZE).shape == (1, C, *SIZE)
+
+
+def test_a_window_takes_each_frame_for_itself():
+    torch.manual_seed(0)
+    carrying = Carrying(sharpness=3.0, radius=1, position=9.0, labels="soft", doubt=2.0)
+    truth, given, predicted, target, P = torch.randint(C, SIZE), feats(), feats(), feats(), probabilities()
+    memory = Memory(carrying)
+    memory.give(given, truth, C)
+    memory.remember(predicted, P)
+    labels = [torch.nn.functional.one_hot(truth, C).permute(2, 0, 1)[None].float(), P]
+    expected = torch.zeros(C, *GRID)
+    unit = torch.nn.functional.normalize(target)[0]
+    for V, L in zip((given, predicted), labels, strict=True):
+        V, L = torch.nn.functional.normalize(V)[0], torch.nn.functional.adaptive_avg_pool2d(L, GRID)[0]
+        for y in range(3):
+            for x in range(4):
+                near = (slice(max(0, y - 1), y + 2), slice(max(0, x - 1), x + 2))
+                share = (3.0 * (V[:, *near] * unit[:, y, x, None, None]).sum(0)).flatten().softmax(0)
+                expected[:, y, x] += L[:, *near].flatten(1) @ share / 2
+    torch.testing.assert_close(memory.recall(target, GRID)[0], expected, atol=5e-6, rtol=0)
+
+
+def test_a_predicted_frame_without_a_confident_pixel_gives_nothing():
+    memory = Memory(Carrying(threshold=1.0, position=0.0))
+    given, target = feats(), feats()
+    memory.give(given, torch.randint(C, SIZE), C)
+    before = memory.recall(target, SIZE)
+    memory.remember(feats(), probabilities())
+    torch.testing.assert_close(memory.recall(target, SIZE), before)
+
+
+def test_a_given_frame_needs_more_than_clicks():
+    truth = torch.full(SIZE, 255)
+    truth[0, 0] = 1
+    with pytest.raises(DataError, match="given: expected a frame with labels on half of some cell of 2 x 2 pixels"):
+        Memory(Carrying()).give(feats(), truth, C)
+
+
+def test_options_are_checked():
+    for options, text in (
+        ({"last": -1}, "last: expected at least 0, got -1"),
+        ({"trust": -0.5}, "trust: expected at least 0"),
+        ({"sharpness": 0.0}, "sharpness, every: expected above 0"),
+        ({"every": 0}, "got 100.0 and 0"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            Carrying(**options)
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What a memory is asked for: at each recall the remembered frames, by the first number of their features."""
+    seen = []
+
+    def recall(self, feats, size):
+        seen.append((feats[0, 0, 0, 0].item(), [frame[0].item() for frame in self.last]))
+        return torch.full((1, C, *size), 1 / C)
+
+    def remember(self, feats, probabilities):
+        self.last.append((feats[0, 0, 0, 0],))
+
+    monkeypatch.setattr(Memory, "recall", recall)
+    monkeypatch.setattr(Memory, "remember", remember)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "expected"),
+    [
+        (2, 1, [(3, []), (5, [3]), (6, [3, 5]), (1, []), (0, [1])]),
+        (1, 2, [(3, []), (5, []), (6, [5]), (1, []), (0, [])]),
+        (0, 1, [(3, []), (5, []), (6, []), (1, []), (0, [])]),
+    ],
+)
+def test_forward_from_the_first_given_frame_then_backward(recorded, last, every, expected):
+    described = []
+
+    def describe(number):
+        described.append(number)
+        return torch.full((1, D, *GRID), float(number)), None
+
+    truth = torch.zeros(SIZE, dtype=torch.uint8)
+    carried = list(carry(describe, 7, {2: truth, 4: truth}, C, Carrying(last=last, every=every)))
+    assert [number for number, _ in carried] == [3, 5, 6, 1, 0]
+    assert recorded == expected
+    assert sorted(described) == list(range(7))
+
+
+def test_the_network_is_multiplied_in_as_far_as_it_is_trusted():
+    torch.manual_seed(0)
+    first, second, P, truth = feats(), feats(), probabilities(), torch.randint(C, SIZE)
+    memory = Memory(Carrying(**ALONE))
+    memory.give(first, truth, C)
+    carried = memory.recall(second, SIZE)
+    for trust in (0.0, 0.5, 3.0):
+        carrying = Carrying(**(ALONE | {"trust": trust}))
+        ((_, labels),) = carry([(first, P), (second, P)].__getitem__, 2, {0: truth}, C, carrying)
+        assert torch.equal(labels, (carried.log() + trust * P.log())[0].argmax(0))
+    assert not torch.equal(labels, carried[0].argmax(0))
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Five equal frames of a scene, and the masks of all."""
+    root = tmp_path_factory.mktemp("clip")
+    image, truth = make_scene(np.random.default_rng(0), (48, 64))
+    for folder in ("frames", "masks"):
+        (root / folder).mkdir()
+    for number in range(5):
+        Image.fromarray(image).save(root / "frames" / f"{number}.png")
+        Image.fromarray(truth).save(root / "masks" / f"{number}.png")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_efficientnet").state_dict(), root / "weights.pt")
+    return root
+
+
+def backbone(clip):
+    return ("--backbone", "timm/test_efficientnet", "--weights", clip / "weights.pt", "--accelerator", "cpu")
+
+
+def test_the_command_carries_labels_through_a_folder(clip, tmp_path, capsys):
+    flags = (
+        "--frames",
+        clip / "frames",
+        "--masks",
+        clip / "masks",
+        "--given",
+        "2",
+        "--sharpness",
+        "1e4",
+        "--last",
+        "1",
+    )
+    command(add_video_arguments, video, *flags, "--out", tmp_path, *backbone(clip))
+    names = {path.name for path in tmp_path.iterdir()}
+    pictures = {f"{number}_{kind}.png" for number in range(5) for kind in ("mask", "overlay")}
+    assert names == pictures | {"legend.png", "scores.json"}
+    truth = np.array(Image.open(clip / "masks" / "2.png"))
+    assert np.array_equal(np.array(Image.open(tmp_path / "2_mask.png")), truth)  # the given frame stays as it is
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert sorted(scores["frames"]) == ["0", "1", "3", "4"]
+    predicted = np.array(Image.open(tmp_path / "4_mask.png"))
+    assert (predicted == truth)[truth != 255].mean() > 0.85  # what is lost are edges, on a grid of 8
+    said = capsys.readouterr().out
+    assert "5 frames" in said
+    assert f"mIoU {100 * scores['miou']:.1f} over 4 frames; " in said
+    assert f"{100 * scores['frames']['3']:.1f} at frame 1" in said
+
+
+def test_without_truth_there_are_no_scores(clip, tmp_path, capsys):
+    (tmp_path / "masks").mkdir()
+    Image.open(clip / "masks" / "0.png").save(tmp_path / "masks" / "0.png")
+    flags = ("--frames", clip / "frames", "--masks", tmp_path / "masks", "--out", tmp_path / "out")
+    command(add_video_arguments, video, *flags, *backbone(clip))
+    assert not (tmp_path / "out" / "scores.json").exists()
+    assert "mIoU" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "text"),
+    [
+        (["--given", "7"], ConfigError, "given: expected names of frames, such as 0, got 7"),
+        (["--alpha", "2"], ConfigError, "alpha: expected 0 to 1"),
+        (["--weights", "none"], ConfigError, "weights: expected the backbone's"),
+        (["--num-classes", "2"], DataError, "expected labels 0 to 1, found"),
+    ],
+)
+def test_the_command_says_what_is_wrong(clip, tmp_path, flags, error, text):
+    given = ("--frames", clip / "frames", "--masks", clip / "masks", "--out", tmp_path / "out", *backbone(clip))
+    with pytest.raises(error, match=text):
+        command(add_video_arguments, video, *given, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_frames_are_a_folder_or_a_list_and_of_one_size(clip, tmp_path):
+    write_scenes(tmp_path, labeled=2, unlabeled=2, val=3, size=(40, 48), seed=1)
+    place = tmp_path / "ImageSets" / "Segmentation" / "val.txt"
+    items = find_frames(place, None)
+    assert [item.name for item in items] == place.read_text().split()
+    assert all(item.mask.is_file() for item in items)
+    assert find_frames(place, clip)[0].mask == clip / f"{items[0].name}.png"
+    with pytest.raises(ConfigError, match="masks: expected the folder"):
+        find_frames(clip / "frames", None)
+    Image.new("RGB", (9, 9)).save(items[1].image)
+    with pytest.raises(DataError, match="frames of one size, 48x40, found 9x9"):
+        find_frames(place, None)
+
+
+@pytest.mark.slow
+def test_the_table_is_measured_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """Two networks, on a clip that is no clip."""
+    write_scenes(tmp_path / "data", labeled=4, unlabeled=6, val=4, size=(40, 48), seed=1)
+    for name, value in (("PIECE", 3), ("EVERY", 4), ("SHARPNESS", (60.0,)), ("RADIUS", (1,)), ("FRAMES", (1, 50))):
+        monkeypatch.setattr(clips_file, name, value)
+    folders = []
+    for seed in (0, 1):
+        options = {"data": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache"), "seed": seed}
+        folders.append(tmp_path / f"run_{seed}")
+        run(make_config(FROZEN | options | {"variant": "supervised", "out": str(folders[-1]), "steps": 2}))
+    lists = tmp_path / "data" / "ImageSets" / "Segmentation"
+    names = [path.read_text() for path in (lists / "demo" / "labeled.txt", lists / "demo" / "unlabeled.txt")]
+    (lists / "train.txt").write_text("".join(names))
+    labeled, prefix = (lines[:3] for lines in names)
+    masks = tmp_path / "data" / "SegmentationClass"
+    flags = ("--runs", *folders, "--second", "2", "--out", tmp_path / "out", "--threads", "1")
+    with pytest.raises(ConfigError, match="choose_on: expected the start of names"):
+        command(add_clips_arguments, clips, *flags, "--choose-on", "nothing")
+    with pytest.raises(ConfigError, match="choose_on: expected pieces of 3 frames with some that"):
+        command(add_clips_arguments, clips, *flags, "--choose-on", labeled)
+    with pytest.raises(DataError, match="expected the mask of unl"):
+        command(add_clips_arguments, clips, *flags, "--choose-on", prefix)
+    for name in names[1].split():
+        shutil.copy(masks / f"{names[0].split()[0]}.png", masks / f"{name}.png")
+    command(add_clips_arguments, clips, *flags, "--choose-on", prefix)
+    result = json.loads((tmp_path / "out" / "clips.json").read_text())
+    first, second = (result["figures"][f"run_{seed}"] for seed in (0, 1))
+    # What needs no network is measured once.
+    assert set(first) - set(second) == {name for name in first if name.startswith("backbone") and "network" not in name}
+    for chosen in result["chosen"].values():
+        alone = [entry for entry in chosen["tried"] if not (entry["last"] or entry["trust"] or entry.get("radius"))]
+        best = max(alone, key=lambda entry: entry["miou"])
+        assert {name: best[name] for name in chosen["first"]} == chosen["first"]
+    table = (tmp_path / "out" / "clips.md").read_text()
+    rows = dict.fromkeys(line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:])
+    assert list(rows) == list(first)
+    alone = [100 * figures["the network alone"]["miou"] for figures in (first, second)]
+    assert f"| the network alone | {np.mean(alone):.1f} ({alone[0]:.1f}, {alone[1]:.1f}) | " in table
+    # Of two pieces, one of images that the network was trained on, only the other is scored.
+    finished = load_finished([folders[0] / "latest.pt"], torch.device("cpu"))[0]
+    scored, metric = [], MagicMock()
+    metric.update = lambda labels, truth: scored.append(len(truth))
+    monkeypatch.setattr(clips_file, "make_metric", lambda _: metric)
+    Pieces(make_clip(finished, ""), "decoder").score(ALONE)
+    assert len(scored) == 2
+    monkeypatch.setattr(clips_file, "measure", lambda *_: pytest.fail("measured again"))
+    capsys.readouterr()
+    command(add_clips_arguments, clips, *flags, "--choose-on", prefix)
+    assert capsys.readouterr().out.strip() == table.strip()
+    assert tuple(first["the network alone"]["iou"]) == CLASS_NAMES
