@@ -15,7 +15,7 @@ from examples.derprop_voc import demo
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.augment import Augment, RandomRescale, cutmix, cutmix_boxes
 from examples.derprop_voc.choice import load_finished
-from examples.derprop_voc.config import CLASSIFIERS, Config, ConfigError, make_config
+from examples.derprop_voc.config import CLASSIFIERS, Config, ConfigError, make_config, read_yaml
 from examples.derprop_voc.data import (
     DataError,
     SeededBatches,
@@ -148,7 +148,7 @@ def test_shipped_configs_are_valid():
     paths = sorted(CONFIGS.glob("*.yaml"))
     assert paths
     for path in paths:
-        make_config(yaml.safe_load(path.read_text()))
+        make_config(read_yaml(path))
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

@@ -159,9 +159,9 @@ class Softmax(Orders):
         bias = _times(sources.counts, bias)
         logits, queries, keys = (x.unflatten(2, tuple(grid)) for x in (sources.logits, queries, keys))
         bias = None if bias is None else bias[:, None].unflatten(2, tuple(grid))
-        offsets = [
-            (dy, dx) for dy, dx in _offsets(self.radius or 0, self.dilation) if abs(dy) < grid[0] and abs(dx) < grid[1]
-        ]
+        offsets = _offsets(self.radius or 0, self.dilation)
+        if not torch.compiler.is_compiling():  # which would fix the sizes; beyond the image there is nothing to see
+            offsets = [(dy, dx) for dy, dx in offsets if abs(dy) < grid[0] and abs(dx) < grid[1]]
         return window_affinity(logits, queries, keys, bias, offsets).flatten(2)
 
 
