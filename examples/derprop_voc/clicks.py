@@ -6,9 +6,8 @@ every run's validation images are read once: a few pixels of each class, or one 
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,15 @@ from torch.nn import functional as F
 from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Discriminant, Ridge
 
-from .cache import CachedFeatures, cache_place, fill_cache, read_cache
-from .choice import Finished, add_machine_arguments, load_finished, make_device
 from .complete import Completion, standardised
-from .config import ConfigError
-from .data import VOID, Item, load_data, read_mask
+from .data import VOID, read_mask
 from .evaluate import make_metric
-from .files import versions, write_bytes, write_json
-from .frozen import FrozenNetwork
+from .files import write_bytes, write_json
+from .measuring import Images, add_measuring_arguments, begin, make_images
 from .progress import make_bar
 
 AMOUNTS = ("1", "5", "20", "stroke")
 DRAWS = 3
-CHOSEN_ON = 40  # images
 SLOW = ("label spreading, backbone", "label spreading, network")  # one draw of the first network
 # Paired: the same clicks, the same network.
 GAINS = (
@@ -61,7 +56,7 @@ class Sample:
     decoder: Tensor
     backbone: Tensor
     logits: Tensor
-    classifier: nn.Module
+    classifier: nn.Sequential
 
     @property
     def clicks(self) -> tuple[Tensor, Tensor]:
@@ -143,8 +138,8 @@ def closed_form(sample: Sample, num_classes: int, feats: Tensor, affinity: Ridge
 
 def tuned_classifier(sample: Sample, *, steps: int, lr: float) -> Tensor:
     """The network with its last layer trained on the labelled pixels, by gradient descent from where it was."""
-    layer = sample.classifier[-1]  # type: ignore[index]  # an nn.Sequential
-    weight, bias = (x.detach().clone().requires_grad_() for x in (layer.weight[:, :, 0, 0], layer.bias))
+    weight, bias = (x.detach().clone().requires_grad_() for x in sample.classifier[-1].parameters())
+    weight = weight.detach()[:, :, 0, 0].requires_grad_()
     V, truth = sample.at_clicks(sample.decoder)[0].T, sample.clicks[1]
     optimizer = torch.optim.SGD((weight, bias), lr=lr)
     with torch.enable_grad():
@@ -216,128 +211,70 @@ def grids() -> dict[str, tuple[str, list[dict[str, Any]]]]:
 # Measuring
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images of one data set with their cached features and a network."""
-
-    finished: Finished
-    items: list[Item]
-    cached: CachedFeatures
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return len(self.finished.class_names)
-
-    def samples(self, amount: str, draw: int, *, progress: bool = True) -> Iterator[tuple[Sample, Tensor]]:
-        """Every image with labels of one draw, and its truth (H, W)."""
-        network = self.finished.network("tested")
-        with make_bar(len(self.items), f"{self.finished.name}: {amount}, draw {draw}", progress=progress) as bar:
-            for index, item in enumerate(self.items):
-                truth = torch.from_numpy(read_mask(item))
-                labels = draw_labels(truth, amount, np.random.default_rng((draw, index)))
-                features = self.cached[item.image][None].float()
-                decoder = network(features).feats
-                logits = network.classifier(decoder)  # type: ignore[operator]
-                yield Sample(labels, decoder, standardised(features), logits, network.classifier), truth  # type: ignore[arg-type]
-                bar.update()
-
-
-def make_images(finished: Finished, *, chosen: bool, count: int = CHOSEN_ON) -> Images:
-    """So many validation images of a run, or of its unlabelled training images with masks, spread evenly; 0: all."""
-    network, config = finished.network("tested"), finished.config
-    if not isinstance(network, FrozenNetwork):
-        raise ConfigError(f"run: expected runs with a frozen backbone, got {finished.path}")
-    data = load_data(replace(config, variant="no_propagation") if chosen else config)
-    items = [item for item in data.unlabeled if item.mask.is_file()] if chosen else data.val
-    if chosen and not items:
-        raise ConfigError(f"runs: expected masks for some unlabelled images of {config.data}, to choose settings by")
-    if 0 < count < len(items):
-        items = [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
-    place = cache_place(config, items, network)
-    fill_cache(place, config, items, network)
-    return Images(finished, items, read_cache(place))
+def samples(images: Images, amount: str, draw: int) -> Iterator[tuple[Sample, Tensor]]:
+    """Every image with labels of one draw, and its truth (H, W)."""
+    network = images.network
+    with make_bar(len(images.items), f"{images.name}: {amount}, draw {draw}") as bar:
+        for index, item in enumerate(images.items):
+            truth = torch.from_numpy(read_mask(item))
+            labels = draw_labels(truth, amount, np.random.default_rng((draw, index)))
+            features = images.cached[item.image][None].float()
+            decoder = network(features).feats
+            logits = network.classifier(decoder)
+            yield Sample(labels, decoder, standardised(features), logits, network.classifier), truth
+            bar.update()
 
 
 def score(images: Images, rows: dict[Any, Method], amount: str, draw: int) -> dict[Any, float]:
     """The mIoU of every method over the images, in percent."""
     metrics = {name: make_metric(images.num_classes) for name in rows}
-    for sample, truth in images.samples(amount, draw):
+    for sample, truth in samples(images, amount, draw):
         for name, method in rows.items():
             scores = F.interpolate(method(sample), truth.shape, mode="bilinear", align_corners=True)
             metrics[name].update(scores[0].max(0).indices[None], truth[None].long())
     return {name: 100 * metric.compute()["miou"].item() for name, metric in metrics.items()}
 
 
-def choose(images: Images, known: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of every grid the setting with the highest mIoU, averaged over the amounts, and the figures of all.
-
-    Settings that `known`, an earlier result, has figures of are not tried again.
-    """
-    tried = {
-        name: [
-            next((t for t in known.get(name, {"tried": []})["tried"] if t.items() >= setting.items()), setting)
-            for setting in settings
-        ]
-        for name, (_, settings) in grids().items()
-    }
+def choose(images: Images) -> dict[str, dict[str, Any]]:
+    """Of every grid the setting with the highest mIoU, averaged over the amounts, and the figures of all."""
     rows = {
-        (name, number): methods(images.num_classes, {name: setting})[grids()[name][0]]
-        for name, settings in tried.items()
+        (name, number): methods(images.num_classes, {name: setting})[row]
+        for name, (row, settings) in grids().items()
         for number, setting in enumerate(settings)
-        if "miou" not in setting
     }
-    if rows:
-        figures = [score(images, rows, amount, draw=100) for amount in AMOUNTS]
-        for name, number in rows:
-            tried[name][number] |= {"miou": float(np.mean([figure[name, number] for figure in figures]))}
+    figures = [score(images, rows, amount, draw=100) for amount in AMOUNTS]
     chosen = {}
-    for name, settings in tried.items():
-        best = max(settings, key=lambda setting: setting["miou"])
-        chosen[name] = {"setting": {key: best[key] for key in best if key != "miou"}, "tried": settings}
+    for name, (_, settings) in grids().items():
+        means = [float(np.mean([figure[name, number] for figure in figures])) for number in range(len(settings))]
+        tried = [setting | {"miou": mean} for setting, mean in zip(settings, means, strict=True)]
+        chosen[name] = {"setting": settings[int(np.argmax(means))], "tried": tried}
     return chosen
 
 
 def add_clicks_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `clicks`."""
-    parser.add_argument(
-        "--runs", type=Path, nargs="+", required=True, metavar="FOLDER",
-        help="finished runs with a frozen backbone; settings are chosen on the first one's data, several of one data "
-        "set are averaged",
-    )  # fmt: skip
+    add_measuring_arguments(parser)
     parser.add_argument("--images", type=int, default=0, help="of each validation list, spread evenly; 0: all")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for clicks.json and clicks.md")
-    add_machine_arguments(parser)
 
 
 @torch.no_grad()
 def clicks(arguments: argparse.Namespace) -> None:
     """Chooses, measures, and writes JSON and a table; goes on where an interrupted call has stopped."""
-    device = make_device("cpu", arguments.threads)
-    runs = load_finished([folder / "latest.pt" for folder in arguments.runs], device)
-    path = arguments.out / "clicks.json"
-    result = json.loads(path.read_text()) if path.is_file() else {"versions": versions(), "figures": {}}
-    result["chosen"] = choose(make_images(runs[0], chosen=True), result.get("chosen", {}))
-    write_json(path, result)
+    runs, path, result = begin(arguments, "clicks", images=arguments.images)
+    if "chosen" not in result:
+        result |= {"chosen": choose(make_images(runs[0], chosen=True)), "figures": {}}
+        write_json(path, result)
     settings = {name: chosen["setting"] for name, chosen in result["chosen"].items()}
+    first_of_data = {Path(run.config.data).name: run for run in reversed(runs)}
     for run in runs:
-        images, name, data = (
-            make_images(run, chosen=False, count=arguments.images),
-            run.path.parent.name,
-            Path(run.config.data).name,
-        )
-        is_first = data not in (other["data"] for key, other in result["figures"].items() if key != name)
-        of_run = result["figures"].setdefault(name, {"data": data, "images": len(images.items)})
+        images, data = make_images(run, chosen=False, count=arguments.images), Path(run.config.data).name
+        of_run = result["figures"].setdefault(images.name, {"data": data, "images": len(images.items)})
         for amount, draw in itertools.product(AMOUNTS, range(DRAWS)):
-            key = f"{amount}/{draw}"
-            if key not in of_run:
+            if f"{amount}/{draw}" not in of_run:
                 rows = methods(images.num_classes, settings)
-                of_run[key] = score(
-                    images,
-                    {row: rows[row] for row in rows if (draw == 0 and is_first) or row not in SLOW},
-                    amount,
-                    draw,
-                )
+                if draw or run is not first_of_data[data]:
+                    rows = {row: method for row, method in rows.items() if row not in SLOW}
+                of_run[f"{amount}/{draw}"] = score(images, rows, amount, draw)
                 write_json(path, result)
     table = make_table(result)
     write_bytes(arguments.out / "clicks.md", table.encode())

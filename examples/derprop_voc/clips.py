@@ -7,11 +7,9 @@ no repetitions but over the networks.
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +18,13 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cache import CachedFeatures, cache_place, fill_cache, read_cache
-from .choice import Finished, add_machine_arguments, load_finished, make_device
+from .choice import Finished
 from .complete import standardised
 from .config import ConfigError
 from .data import VOID, Item, check_mask, find_places, load_data, read_list, read_mask
 from .evaluate import make_metric
-from .files import versions, write_bytes, write_json
-from .frozen import FrozenNetwork
+from .files import write_bytes, write_json
+from .measuring import Images, add_measuring_arguments, begin, images_of
 from .progress import make_bar
 from .sources import find_source
 from .video import FRAMES, Carrying, Described, carry, score_clip
@@ -44,14 +41,18 @@ class Clip:
     """Frames in order with a network and the cached features of its backbone."""
 
     finished: Finished
-    items: list[Item]
-    cached: CachedFeatures
+    images: Images
+
+    @property
+    def items(self) -> list[Item]:
+        """The frames."""
+        return self.images.items
 
     def described(self, kind: str) -> list[Described]:
         """Features of the "backbone", standardised over each frame, or of the "decoder", and probabilities."""
-        network, described = self.finished.network("tested"), []
+        network, described = self.images.network, []
         for item in self.items:
-            features = self.cached[item.image][None].float()
+            features = self.images.cached[item.image][None].float()
             output = network(features)
             described.append((standardised(features) if kind == "backbone" else output.feats, output.logits.softmax(1)))
         return described
@@ -63,9 +64,7 @@ class Clip:
 
 def make_clip(finished: Finished, prefix: str | None) -> Clip:
     """The training images whose names start with `prefix`, or with None the validation images."""
-    network, config = finished.network("tested"), finished.config
-    if not isinstance(network, FrozenNetwork):
-        raise ConfigError(f"runs: expected runs with a frozen backbone, got {finished.path}")
+    config = finished.config
     source = find_source(config)
     place = find_places(config, source).val if prefix is None else source.train
     items = [item for item in read_list(place, source.root, source.item) if item.name.startswith(prefix or "")]
@@ -73,9 +72,7 @@ def make_clip(finished: Finished, prefix: str | None) -> Clip:
         raise ConfigError(f"choose_on: expected the start of names in {place}, got {prefix!r}")
     for item in items:
         check_mask(item, len(finished.class_names))
-    cache = cache_place(config, items, network)
-    fill_cache(cache, config, items, network)
-    return Clip(finished, items, read_cache(cache))
+    return Clip(finished, images_of(finished, items))
 
 
 class Pieces:
@@ -175,7 +172,7 @@ def baselines(clip: Clip) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "the first frame copied", score_clip(dict.fromkeys(numbers, _filled(clip.truth(0))), clip.items, names)
     network, predicted = clip.finished.network("tested"), {}
     for number in numbers:
-        logits = network(clip.cached[clip.items[number].image][None].float()).logits
+        logits = network(clip.images.cached[clip.items[number].image][None].float()).logits
         resized = F.interpolate(logits, clip.truth(number).shape, mode="bilinear", align_corners=True)
         predicted[number] = resized[0].argmax(0)
     yield "the network alone", score_clip(predicted, clip.items, names)
@@ -183,33 +180,25 @@ def baselines(clip: Clip) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def add_clips_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `clips`."""
-    parser.add_argument(
-        "--runs", type=Path, nargs="+", required=True, metavar="FOLDER",
-        help="finished runs of one data set with a frozen backbone; settings are chosen with the first one",
-    )  # fmt: skip
+    add_measuring_arguments(parser)
     parser.add_argument(
         "--choose-on", required=True, metavar="START", help="of the names of the training images that are another clip"
     )
     parser.add_argument(
         "--second", type=int, default=15, help="frames in a second of the validation clip (%(default)s)"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for clips.json and clips.md")
-    add_machine_arguments(parser)
 
 
 @torch.no_grad()
 def clips(arguments: argparse.Namespace) -> None:
     """Chooses, measures, and writes JSON and a table; goes on where an interrupted call has stopped."""
-    device = make_device("cpu", arguments.threads)
-    runs = load_finished([folder / "latest.pt" for folder in arguments.runs], device)
-    path = arguments.out / "clips.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"versions": versions(), "figures": {}}
+    runs, path, result = begin(arguments, "clips", choose_on=arguments.choose_on, second=arguments.second)
     if "chosen" not in result:
-        result |= {"chosen_on": arguments.choose_on, "chosen": choose(make_clip(runs[0], arguments.choose_on))}
+        result |= {"chosen": choose(make_clip(runs[0], arguments.choose_on)), "figures": {}}
         write_json(path, result)
     for run in runs:
         clip = make_clip(run, None)
-        figures = result["figures"].setdefault(run.path.parent.name, {})
+        figures = result["figures"].setdefault(clip.images.name, {})
         if not figures:
             figures |= dict(baselines(clip))
         for name, (kind, carrying) in rows(result["chosen"], arguments.second).items():
@@ -218,7 +207,7 @@ def clips(arguments: argparse.Namespace) -> None:
                 continue
             figures[name] = measure(clip, kind, carrying) | {"setting": asdict(carrying)}
             write_json(path, result)
-            print(f"{run.path.parent.name}, {name}: {100 * figures[name]['miou']:.1f}", flush=True)
+            print(f"{clip.images.name}, {name}: {100 * figures[name]['miou']:.1f}", flush=True)
     table = make_table(result)
     write_bytes(arguments.out / "clips.md", table.encode())
     print(table)

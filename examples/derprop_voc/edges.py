@@ -6,7 +6,6 @@ family's best by mIoU then reads every run's validation images once.
 
 import argparse
 import importlib
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from scipy.ndimage import distance_transform_cdt, maximum_filter, median_filter, minimum_filter
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
@@ -29,10 +28,9 @@ from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Softmax
 
 from .augment import to_input
-from .choice import add_machine_arguments, load_finished, make_device
-from .clicks import Images, make_images
 from .data import VOID, read_image, read_mask
-from .files import versions, write_bytes, write_json
+from .files import write_bytes, write_json
+from .measuring import Images, add_measuring_arguments, begin, make_images, run_name
 from .progress import make_bar
 
 BANDS = (0.02, 0.005)  # of the diagonal; Cheng et al. take the first
@@ -297,10 +295,10 @@ def compared(counts: np.ndarray, control: np.ndarray, num_classes: int) -> tuple
 
 def samples(images: Images) -> Iterator[tuple[Sample, Tensor]]:
     """Every image with its truth (H, W)."""
-    network = images.finished.network("tested")
-    with make_bar(len(images.items), images.finished.path.parent.name) as bar:
+    with make_bar(len(images.items), images.name) as bar:
         for item in images.items:
-            logits = classified(network, images.cached[item.image][None].float())
+            features = images.network(images.cached[item.image][None].float()).feats
+            logits = images.network.classifier(features)
             image = to_input(read_image(item.image))[None]
             yield Sample(logits, image, images.cached.size), torch.from_numpy(read_mask(item)).long()
             bar.update()
@@ -313,11 +311,6 @@ def measure(images: Images, methods: Mapping[str, Method]) -> dict[str, np.ndarr
         for name, method in methods.items():
             found[name].append(count(method(sample)[0].max(0).indices, truth, images.num_classes))
     return {name: np.stack(rows) for name, rows in found.items()}
-
-
-def classified(network: nn.Module, features: Tensor) -> Tensor:
-    """Logits on the grid of the backbone's features."""
-    return network.classifier(network(features).feats)  # type: ignore[operator,no-any-return]  # attributes of a Module
 
 
 def figures(counts: Mapping[str, np.ndarray], num_classes: int) -> dict[str, Any]:
@@ -367,31 +360,27 @@ def cost(methods: Mapping[str, Method], sample: Sample, repeats: int = 5) -> dic
             seconds[name].append(time.thread_time() - begin)
     found = {}
     for name, method in methods.items():
-        peak = peak_mib(lambda method=method: (method(sample),), "cpu")["peak_mib"]  # type: ignore[misc]  # bound now
+        peak = peak_mib(partial(_alone, method, sample), "cpu")["peak_mib"]
         found[name] = {"seconds": round(statistics.median(seconds[name]), 4), "mib": round(peak, 1)}
     return found
 
 
+def _alone(method: Method, sample: Sample) -> tuple[Tensor]:
+    return (method(sample),)
+
+
 def add_edges_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `edges`."""
-    parser.add_argument(
-        "--runs", type=Path, nargs="+", required=True, metavar="FOLDER",
-        help="finished runs with a frozen backbone; settings are chosen on the first one's data, several of one data "
-        "set are averaged",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for edges.json and edges.md")
-    add_machine_arguments(parser)
+    add_measuring_arguments(parser)
 
 
 @torch.no_grad()
 def edges(arguments: argparse.Namespace) -> None:
     """Chooses, measures, and writes JSON and tables; goes on after the last data set of an interrupted call."""
-    device = make_device("cpu", arguments.threads)
-    runs = load_finished([folder / "latest.pt" for folder in arguments.runs], device)
-    path = arguments.out / "edges.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"versions": versions(), "data": {}}
+    runs, path, result = begin(arguments, "edges")
     if "choice" not in result:
-        result["choice"] = {"data": Path(runs[0].config.data).name, **choose(make_images(runs[0], chosen=True))}
+        choice = {"data": Path(runs[0].config.data).name, **choose(make_images(runs[0], chosen=True))}
+        result |= {"choice": choice, "data": {}}
         write_json(path, result)
     methods = {
         family: partial(FAMILIES[family][0], **setting) for family, setting in result["choice"]["chosen"].items()
@@ -404,7 +393,7 @@ def edges(arguments: argparse.Namespace) -> None:
         each = [measure(make_images(run, chosen=False, count=0), methods) for run in of_data]
         counts = {family: np.stack([found[family] for found in each]) for family in methods}
         result["data"][name] = {
-            "networks": [run.path.parent.name for run in of_data],
+            "networks": [run_name(run) for run in of_data],
             "images": counts[START].shape[1],
             "rows": figures(counts, num_classes),
         }

@@ -1,6 +1,7 @@
 """Sparse labels made dense: the method, the folder command, and the measurement of what it is worth."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from examples.derprop_voc import clicks
+from examples.derprop_voc import clicks, measuring
 from examples.derprop_voc.__main__ import BAD_INPUT, DONE, main
 from examples.derprop_voc.complete import Completion, dense_labels, standardised
 from examples.derprop_voc.config import make_config
-from examples.derprop_voc.data import VOID
+from examples.derprop_voc.data import VOID, load_data
 from examples.derprop_voc.scenes import make_scene, write_scenes
 from examples.derprop_voc.train import run
 from tests.example.test_frozen import FROZEN
@@ -212,3 +213,33 @@ def test_the_measurement(scenes, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(clicks, "score", never)
     assert main(call) == DONE
     assert json.loads((tmp_path / "clicks.json").read_text()) == result
+
+
+def test_results_of_another_call_are_not_gone_on_from(scenes, trained, tmp_path, monkeypatch, capsys):
+    """Neither two runs of one name, nor other options or weights than those that the file was begun with."""
+    measured = []
+    monkeypatch.setattr(
+        clicks, "make_images", lambda run, **options: measuring.images_of(run, load_data(run.config).val)
+    )
+    monkeypatch.setattr(clicks, "choose", lambda images: {})
+    monkeypatch.setattr(clicks, "methods", lambda num_classes, settings: {})
+    monkeypatch.setattr(clicks, "score", lambda images, *_: measured.append(images.name) or {"network alone": 1.0})
+    monkeypatch.setattr(clicks, "GAINS", ())
+
+    def call(*runs, images=0):
+        return main(["clicks", "--runs", *map(str, runs), "--images", str(images), "--out", str(tmp_path / "out")])
+
+    twin = tmp_path / "elsewhere" / trained.name
+    shutil.copytree(trained, twin)
+    assert call(trained, twin) == BAD_INPUT
+    assert f"different names, by which results are kept, got {trained.name} twice" in capsys.readouterr().err
+    assert not measured
+    other = twin.rename(tmp_path / "other")
+    assert call(trained, other) == DONE
+    assert set(measured) == {trained.name, "other"}
+    for refused in (lambda: call(trained, other, images=2), lambda: call(trained)):
+        assert refused() == BAD_INPUT
+        assert "holds results of other runs or options" in capsys.readouterr().err
+    checkpoint = torch.load(other / "latest.pt", weights_only=True)
+    torch.save(checkpoint | {"step": checkpoint["step"] + 1}, other / "latest.pt")
+    assert call(trained, other) == BAD_INPUT

@@ -47,7 +47,10 @@ def cells(x):
 def literal(frames, target, carrying):
     """The definition, source by source; frames: features (D, 12), labels (C, 12), is_source (12,), doubt."""
     points = np.stack(np.divmod(np.arange(12), 4), 1) / 3  # rows and columns, in heights
-    unit = lambda x: x / np.linalg.norm(x, axis=0)  # noqa: E731
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=0)
+
     out = np.zeros((C, 12))
     for j in range(12):
         total = 0.0

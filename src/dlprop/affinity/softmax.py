@@ -54,8 +54,9 @@ class Softmax(Orders):
             `Q * step >= D`, a window on flat pixels or on two grids, a backend that cannot run here.
 
     Cost:
-        Time O(N M M' (D + C)), memory O(chunk_size * M'), at full resolution with M pixels of the logits. Over sources
-        those that a mask leaves out cost nothing on CPUs in eager mode; elsewhere pass the others alone, as flat
+        Time O(N M M' (D + C)), at full resolution with M pixels of the logits. Memory: over targets O(chunk_size * M'),
+        over sources chunk_size times a tile, and copies of the features unless similarity is "dot". Over sources those
+        that a mask leaves out cost nothing more on CPUs in eager mode; elsewhere pass the others alone, as flat
         `(N, C, k)` and `(N, D, k)` with the image as `target_feats`. A window of k offsets costs O(N M k (D + C)) and
         O(N M C) memory.
 
