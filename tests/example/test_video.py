@@ -71,7 +71,7 @@ def literal(frames, target, carrying):
 @pytest.mark.parametrize("labels", ["soft", "hard", "confident"])
 def test_a_memory_is_its_definition(labels):
     torch.manual_seed(0)
-    carrying = Carrying(sharpness=3.0, position=0.7, labels=labels, threshold=0.45, doubt=0.8)
+    carrying = Carrying(sharpness=3.0, position=0.7, last=1, labels=labels, threshold=0.45, doubt=0.8)
     truth = torch.randint(C, SIZE)
     truth[:2, :2] = 255  # a point without a label
     truth[0, 2:4] = 255  # half a point
@@ -104,7 +104,7 @@ def test_a_memory_is_its_definition(labels):
 
 def test_a_window_takes_each_frame_for_itself():
     torch.manual_seed(0)
-    carrying = Carrying(sharpness=3.0, radius=1, position=9.0, labels="soft", doubt=2.0)
+    carrying = Carrying(sharpness=3.0, radius=1, position=9.0, last=1, labels="soft", doubt=2.0)
     truth, given, predicted, target, P = torch.randint(C, SIZE), feats(), feats(), feats(), probabilities()
     memory = Memory(carrying)
     memory.give(given, truth, C)
@@ -123,7 +123,7 @@ def test_a_window_takes_each_frame_for_itself():
 
 
 def test_a_predicted_frame_without_a_confident_pixel_gives_nothing():
-    memory = Memory(Carrying(threshold=1.0, position=0.0))
+    memory = Memory(Carrying(threshold=1.0, position=0.0, last=1, labels="confident"))
     given, target = feats(), feats()
     memory.give(given, torch.randint(C, SIZE), C)
     before = memory.recall(target, SIZE)
