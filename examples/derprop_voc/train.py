@@ -36,7 +36,7 @@ LOG_EVERY = 10
 AFFINITY_NOTES = {
     "linear": "Eq. 4, the paper's; on real images it costs points, so try ridge or discriminant",
     "softmax": "as in the paper's released code; sharp, so P~ is near P",
-    "ridge": "a linear fit of P to the features, safe where one class is large",
+    "ridge": "a linear fit of P to the features; its cross entropy is steep, so take --detach-logits",
     "discriminant": "balances the classes; for dense scenes whose small classes die out",
 }
 Batch = dict[str, Any]
