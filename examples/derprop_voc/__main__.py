@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .ablate import ablate, add_ablate_arguments
+from .choose import add_choose_arguments, choose
 from .clicks import add_clicks_arguments, clicks
 from .clips import add_clips_arguments, clips
 from .complete import add_complete_arguments, complete_command
@@ -22,6 +23,7 @@ from .files import CheckpointError
 from .inspection import inspect_command
 from .predict_folder import add_predict_arguments, predict_command
 from .scoring import add_evaluate_arguments, score
+from .shift import add_shift_arguments, shift
 from .similarity_maps import add_similarity_arguments, similarity_command
 from .split import add_split_arguments, split_command
 from .sweep import add_sweep_arguments, sweep
@@ -68,6 +70,8 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     "clips": ("measure what carrying labels along a clip is worth", add_clips_arguments, clips),
     "edges": ("measure what a window of colours does at edges", add_edges_arguments, edges),
     "similarity": ("what one pixel of an image is similar to", add_similarity_arguments, similarity_command),
+    "choose": ("what propagation suits a network, by labelled images held out", add_choose_arguments, choose),
+    "shift": ("measure what statistics of new images are worth", add_shift_arguments, shift),
     "sweep": ("other propagation settings on a finished network", add_sweep_arguments, sweep),
     "ablate": ("run a grid of variants and seeds, and write their table", add_ablate_arguments, ablate),
 }

@@ -1,7 +1,8 @@
-"""`ablate`: a grid of variants and seeds, one process a run, and the table of their means and standard deviations."""
+"""`ablate`: a grid of variants and seeds, one process a run; a table of means, standard deviations and differences."""
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def add_ablate_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--grid", type=Path, required=True, metavar="YAML", help="lines `name: {option: value, ...}`")
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every variant (%(default)s)")
     group.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants of the grid to run; empty: all")
+    group.add_argument("--against", metavar="NAME", help="add differences from this variant, in pairs of one seed")
     group.add_argument("--jobs", type=int, default=1, help="runs at the same time; give each --threads (%(default)s)")
     group.add_argument("--dry-run", action="store_true", help="print the runs and what is there of them, run nothing")
     add_config_arguments(parser)
@@ -60,6 +62,9 @@ def ablate(arguments: argparse.Namespace) -> None:
     base = values_from_arguments(arguments)
     out = Path(base.pop("out", "runs/ablation"))
     jobs = make_jobs(base, read_grid(arguments.grid), arguments.seeds, out, only=arguments.only)
+    variants = list(dict.fromkeys(job.variant for job in jobs))
+    if arguments.against not in (None, *variants):
+        raise ConfigError(f"against: expected one of {', '.join(variants)}, got {arguments.against!r}")
     missing = [job for job in jobs if not is_done(job)]
     if arguments.jobs < 1:
         raise ConfigError(f"jobs: expected at least 1, got {arguments.jobs}")
@@ -72,6 +77,8 @@ def ablate(arguments: argparse.Namespace) -> None:
     done = [job for job in jobs if is_done(job)]
     if done:
         rows = summarise(done)
+        if arguments.against in [row["variant"] for row in rows]:
+            add_differences(rows, arguments.against)
         write_json(out / "table.json", {"rows": rows})
         write_bytes(out / "table.md", (markdown(rows) + "\n").encode())
         draw_quality(out / "curves.png", done)
@@ -192,13 +199,45 @@ def summarise(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def add_differences(rows: Sequence[dict[str, Any]], against: str) -> None:
+    """Adds to each row its differences from the row `against`, over the seeds that both have.
+
+    A column's difference has the mean of its values and that mean's standard error, their sample standard deviation
+    divided by the square root of their number. Pairs share lists, batches and initial weights, so what seeds have in
+    common falls out.
+    """
+    reference = next(row for row in rows if row["variant"] == against)
+    for row in rows:
+        columns = {}
+        for title in filter(reference["columns"].get, row["columns"]):
+            values = [dict(zip(of["seeds"], of["columns"][title]["values"], strict=True)) for of in (row, reference)]
+            pairs = {seed: value - values[1][seed] for seed, value in values[0].items() if seed in values[1]}
+            if pairs:
+                spread = statistics.stdev(pairs.values()) if len(pairs) > 1 else None
+                columns[title] = {
+                    "seeds": list(pairs),
+                    "values": list(pairs.values()),
+                    "mean": statistics.mean(pairs.values()),
+                    "error": None if spread is None else spread / math.sqrt(len(pairs)),
+                }
+        row["differences"] = {"against": against, "columns": columns}
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table, mIoU in percent."""
+    """The rows as a Markdown table, mIoU in percent, and a second one of their differences if they have any."""
     titles = [title for _, _, title in COLUMNS]
     lines = [f"| variant | seeds | {' | '.join(titles)} |", f"|---|---|{'---|' * len(titles)}"]
     for row in rows:
         cells = [_cell(row["columns"].get(title)) for title in titles]
         lines.append(f"| {row['variant']} | {len(row['seeds'])} | {' | '.join(cells)} |")
+    compared = [row for row in rows if row.get("differences", {}).get("against", row["variant"]) != row["variant"]]
+    if compared:
+        against = compared[0]["differences"]["against"]
+        lines += ["", f"Less {against}, the mean over pairs of one seed ± its standard error:", ""]
+        lines += [f"| variant | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
+        for row in compared:
+            cells = [_difference(row["differences"]["columns"].get(title)) for title in titles]
+            lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -254,3 +293,10 @@ def _cell(column: Mapping[str, Any] | None) -> str:
         return "-"
     spread = "" if column["std"] is None else f" ± {100 * column['std']:.1f}"
     return f"{100 * column['mean']:.1f}{spread}"
+
+
+def _difference(column: Mapping[str, Any] | None) -> str:
+    if column is None:
+        return "-"
+    error = "" if column["error"] is None else f" ± {100 * column['error']:.1f}"
+    return f"{100 * column['mean']:+.1f}{error}"

@@ -1,22 +1,32 @@
-"""What the commands on finished runs share: which checkpoints, which of their networks, and on what machine."""
+"""What the commands on finished runs share: which checkpoints and networks, what propagation, on what machine."""
 
 import argparse
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from dlprop import MomentumAverager
 
-from .config import Config, ConfigError, hints, make_config
+from .config import ONLY_FOR, Config, ConfigError, add_config_arguments, hints, make_config, values_from_arguments
 from .files import CheckpointError
 from .frozen import make_network
 from .state import check_state, read_checkpoint
 
 NETWORKS = ("tested", "trained", "averaged")
+# Options of propagation, which a finished network need not have been trained with; tau stands for adjust: prior.
+PROPAGATION = (
+    "affinity", "scale", "resolution", "similarity", "normalize", "scheme", "order_weights", "shrinkage", "balance",
+    "across", "tau",
+)  # fmt: skip
+# What a file of `choose` may say besides; the variant is for a training only.
+ALSO_READ = ("adjust", "variant")
+# Options of pseudo-labels: those that a run was trained with say nothing about its network's own prediction.
+OF_PSEUDO_LABELS = ("adjust", "tau", "temperature", "prior_momentum", "statistics_decay")
 
 
 @dataclass(frozen=True)
@@ -31,17 +41,26 @@ class Finished:
     config: Config
     class_names: tuple[str, ...]
 
-    def network(self, name: str) -> nn.Module:
-        """One of `NETWORKS`.
+    @property
+    def digest(self) -> str:
+        """Of the file, by which statistics know their network."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+
+    def name_of(self, name: str) -> str:
+        """One of `NETWORKS` as "trained" or "averaged".
 
         Raises:
             ConfigError: for "averaged" where the run keeps no momentum network.
         """
         if name == "tested":
-            return list(self.networks.values())[-1]
+            return list(self.networks)[-1]
         if name not in self.networks:
             raise ConfigError(f"network: {self.path} holds no {name} network, only {', '.join(self.networks)}")
-        return self.networks[name]
+        return name
+
+    def network(self, name: str) -> nn.Module:
+        """One of `NETWORKS`; see `name_of`."""
+        return self.networks[self.name_of(name)]
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, *, several: bool) -> None:
@@ -63,6 +82,59 @@ def add_network_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--network", choices=NETWORKS, default="tested", help="tested: averaged where there is one (%(default)s)"
     )
+
+
+def add_propagation_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config`, a flag for each of `PROPAGATION`, and the files of statistics."""
+    add_config_arguments(parser, [name for name in PROPAGATION if name != "tau"])
+    parser.add_argument(
+        "--tau", type=float, default=argparse.SUPPRESS, help="take so many times the log of the class shares of P over "
+        "all images off the logits (default: 0, whatever the run did to its pseudo-labels)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--read-statistics", type=Path, metavar="FILE", help="take class statistics and shares from there, not from a "
+        "pass over the images; `across` says whether an image's own are added (image) or not (data)"
+    )  # fmt: skip
+    parser.add_argument("--write-statistics", type=Path, metavar="FILE", help="keep those of these images there")
+
+
+def propagation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the files and flags of `add_propagation_arguments` say.
+
+    Raises:
+        ConfigError: for a file with other options.
+    """
+    read = values_from_arguments(argparse.Namespace(config=arguments.config))
+    check_propagation("config", read)
+    return read | {name: getattr(arguments, name) for name in PROPAGATION if hasattr(arguments, name)}
+
+
+def check_propagation(where: str, options: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for an option that is not one of propagation."""
+    for name in options:
+        if name not in PROPAGATION + ALSO_READ:
+            raise ConfigError(f"{where}: expected options of {', '.join(PROPAGATION)}, got {name}")
+
+
+def with_propagation(config: Config, options: Mapping[str, Any]) -> Config:
+    """A run's config for inference, with other options of propagation.
+
+    Options that name an affinity start from that affinity's defaults, and the run's `scheme` and `resolution`. Logits
+    are adjusted if `options` say so, whatever the run did to its pseudo-labels.
+    """
+    values = config.to_dict() | {name: getattr(Config, name) for name in OF_PSEUDO_LABELS}
+    if config.variant == "supervised":
+        values["variant"] = "no_derivative_loss"  # a supervised training has no use for some of these options
+    if "affinity" in options:
+        names = ("normalize", "order_weights", *ONLY_FOR)
+        values |= {name: getattr(Config, name) for name in names}
+    values |= {name: value for name, value in options.items() if name != "variant"}
+    if "tau" in options:
+        values["adjust"] = "prior" if options["tau"] else "none"
+        values["tau"] = options["tau"] or Config.tau
+    if values["adjust"] not in ("none", "prior"):
+        raise ConfigError(f"adjust: expected none or prior for a finished network, got {values['adjust']}")
+    return make_config(values)
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ GROUPS = {
 }
 
 CLASSIFIERS = ("ridge", "discriminant")
-# Options that only some affinities have; with another they stay at their defaults.
+# Options that only some affinities have.
 ONLY_FOR = {
     "scale": ("linear",),
     "similarity": ("linear", "softmax"),
@@ -33,6 +33,14 @@ ONLY_FOR = {
     "balance": ("ridge",),
     "across": CLASSIFIERS,
 }
+# Options that only some values of another option have; elsewhere they stay at their defaults.
+ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    *((name, "affinity", affinities) for name, affinities in ONLY_FOR.items()),
+    ("statistics_decay", "across", ("data",)),
+    ("tau", "adjust", ("prior",)),
+    ("temperature", "adjust", ("temperature",)),
+    ("prior_momentum", "adjust", ("prior", "alignment")),
+)
 
 
 class ConfigError(ValueError):
@@ -100,6 +108,10 @@ class Config:
     fuse_layers: int = option(2, "3 x 3 convolutions between fusion and classifier", low=1)
     dropout: float = option(0.5, "dropout behind ASPP, or before the compact head's classifier", low=0, high=1)
     feature_channels: int = option(256, "D, channels of the projection J, or of the compact head's last map", low=4)
+    propagation_features: Literal["projection", "decoder"] = option(
+        "projection", "V: the projection J beside the decoder, as in the paper, or the map that the classifier reads; "
+        "with freeze_backbone they are one"
+    )  # fmt: skip
     nonnegative: bool = option(True, "end J with a ReLU, so that similarities of order 0 are at least 0")
 
     variant: Variant = option(  # noqa: RUF009, an alias hides from ruff that this is a field
@@ -115,7 +127,10 @@ class Config:
         0.0, "of the covariance, for ridge and discriminant; 0: the affinity's own, 0.03 and 0.1", low=0
     )
     balance: float = option(0.5, "of ridge; 0 counts every pixel alike, 1 every class", low=0, high=1)
-    across: Literal["image", "batch"] = option("image", "whose pixels ridge and discriminant are estimated from")
+    across: Literal["image", "batch", "data"] = option(
+        "image", "whose pixels ridge and discriminant are estimated from; data: running statistics, of discriminant"
+    )
+    statistics_decay: float = option(0.95, "what the running statistics of across data keep in a step", low=0, high=1)
     normalize: Literal["auto", "l1", "l2", "softmax", "none"] = option(
         "auto", "features before propagation; auto: the affinity's own, none for ridge and discriminant, else l1"
     )
@@ -128,6 +143,13 @@ class Config:
     ramp_end: float = option(
         1.0, "value that eta_ep of Eq. 5 reaches at the end; it rises linearly from 0", low=0, high=1
     )
+    adjust: Literal["none", "prior", "alignment", "temperature"] = option(
+        "none", "what the pseudo-labels' logits undergo before propagation: less the log of the running class shares "
+        "of P, these brought to the labels' shares, or divided by a temperature"
+    )  # fmt: skip
+    tau: float = option(0.5, "factor on that log for adjust prior, with the ramp of Eq. 5", low=0)
+    temperature: float = option(0.5, "of adjust temperature; below 1 sharpens", low=0.01)
+    prior_momentum: float = option(0.99, "momentum of the running class shares of P", low=0, high=1)
 
     weight_ce: float = option(0.5, "weight of L_CE, Eq. 7", low=0)
     weight_kl: float = option(0.25, "weight of L_KL, Eq. 7", low=0)
@@ -174,7 +196,7 @@ class Config:
     panel_every: int = option(0, "epochs between panels of validation images; 0: at the end only", low=0)
     panel_images: int = option(4, "validation images in a panel", low=1)
     measure_pseudo_labels: bool = option(
-        False, "log the mIoU of P, P~ and P_bar while training; reads unlabelled masks, for the log only"
+        False, "log how good P, P~ and P_bar are while training; reads unlabelled masks, for the log only"
     )
     tensorboard: bool = option(True, "write TensorBoard event files")
     out: str = option("runs/train", "run folder")
@@ -197,10 +219,11 @@ class Config:
             raise ConfigError(f"order_weights: expected a finite number for each order, got {list(self.order_weights)}")
         step = 2 if self.scheme in ("central", "laplacian") else 1
         highest = max(len(self.order_weights) - 1, self.max_order + 1 if self.has_derivative_loss else 0)
-        if highest * step >= self.feature_channels:
+        if highest * step >= self.propagation_channels:
+            name = "decoder_channels" if self.reads_decoder else "feature_channels"
             raise ConfigError(
-                f"feature_channels: expected more than {highest * step} for differences of order {highest} with scheme "
-                f"{self.scheme}, got {self.feature_channels}"
+                f"{name}: expected more than {highest * step} for differences of order {highest} with scheme "
+                f"{self.scheme}, got {self.propagation_channels}"
             )
         stages, rising = list(self.timm_stages), sorted({stage for stage in self.timm_stages if stage >= 0})
         if stages != rising or (stages and len(stages) != 2 and not self.freeze_backbone):
@@ -218,13 +241,23 @@ class Config:
             raise ConfigError(f"feature_crop: expected a height and a width, got {list(self.feature_crop)}")
         if self.num_classes and self.class_names and self.num_classes != len(self.class_names):
             raise ConfigError(f"class_names: expected num_classes = {self.num_classes}, got {len(self.class_names)}")
-        for name, affinities in ONLY_FOR.items():
-            value, default = getattr(self, name), getattr(Config, name)
-            if self.affinity not in affinities and value != default:
+        for name, other, among in ONLY_WITH:
+            value, default, found = getattr(self, name), getattr(Config, name), getattr(self, other)
+            if found not in among and value != default:
+                of = "" if other == "affinity" else f"{other} "
                 raise ConfigError(
-                    f"{name}: {value!r} applies to {' and '.join(affinities)} only, not to {self.affinity}; "
+                    f"{name}: {value!r} applies to {of}{' and '.join(among)} only, not to {found}; "
                     f"leave it at {default!r}"
                 )
+        if self.across == "data" and self.affinity != "discriminant":
+            raise ConfigError(
+                f"across: 'data' applies to discriminant only, not to {self.affinity}; take image or batch"
+            )
+        if self.across == "data" and self.normalize not in ("auto", "none"):
+            raise ConfigError(
+                f"normalize: expected auto or none with across data, whose statistics are of features as they are, "
+                f"got {self.normalize}"
+            )
         if self.affinity in CLASSIFIERS and (self.order_weights[0] <= 0 or min(self.order_weights) < 0):
             raise ConfigError(
                 f"order_weights: expected the first above 0 and none below for {self.affinity}, "
@@ -234,6 +267,16 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The options as plain YAML and JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @property
+    def reads_decoder(self) -> bool:
+        """Whether V is the fused map of a network that has a projection beside it."""
+        return self.propagation_features == "decoder" and not self.freeze_backbone
+
+    @property
+    def propagation_channels(self) -> int:
+        """D of V."""
+        return self.decoder_channels if self.reads_decoder else self.feature_channels
 
     @property
     def propagates(self) -> bool:
@@ -331,15 +374,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config` and one flag for every option of `Config`."""
+def add_config_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
+    """Adds `--config` and one flag for every option of `Config`, or for those of a finished run that `names` lists."""
     parser.add_argument("--config", nargs="+", default=[], metavar="YAML", type=Path, help="option files; later win")
     group: argparse._ArgumentGroup | argparse.ArgumentParser = parser
     for item in fields(Config):
         if item.name in GROUPS:
             group = parser.add_argument_group(GROUPS[item.name])
+        if names and item.name not in names:
+            continue
         kind = hints()[item.name]
-        shown = list(item.default) if isinstance(item.default, tuple) else item.default
+        shown = "the run's" if names else list(item.default) if isinstance(item.default, tuple) else item.default
         arguments: dict[str, Any] = {
             "dest": item.name,
             "default": argparse.SUPPRESS,

@@ -1,9 +1,10 @@
 """Dataset-level IoU at the stored size, of the prediction P, the propagated P~ and their blend."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,10 +16,29 @@ from dlprop import DerivativeLabelPropagation
 from .augment import to_input
 from .data import VOID, SegmentationDataset
 from .distributed import rank, world_size
+from .model import Output
 from .progress import make_bar
 
 # P, P~, and P_bar of Eq. 5 half-way, (P + P~) / 2.
 OUTPUTS = ("prediction", "propagated", "blend")
+Adjust = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def outputs(
+    network: nn.Module, image: Tensor, *, mode: str = "original", window: int = 0
+) -> Iterator[tuple[slice, slice, Output]]:
+    """Rows, columns and the network's output of each window of a uint8 image (3, H, W); see `probabilities`.
+
+    Rows and columns of a centre crop are its own, as nothing lies around it.
+    """
+    x = to_input(image)[None].to(next(network.parameters()).device)
+    if mode == "center_crop":
+        x = x[..., _middle(x.shape[2], window), _middle(x.shape[3], window)]
+    height, width = x.shape[-2:]
+    edge = window if mode == "sliding_window" else max(height, width)
+    for rows, columns in product(_windows(height, edge), _windows(width, edge)):
+        yield rows, columns, network(x[..., rows, columns])
 
 
 @torch.no_grad()
@@ -27,6 +47,7 @@ def probabilities(
     propagate: DerivativeLabelPropagation,
     image: Tensor,
     *,
+    adjust: Adjust | None = None,
     mode: str = "original",
     window: int = 0,
 ) -> dict[str, Tensor]:
@@ -36,33 +57,34 @@ def probabilities(
         network: gives `Output`; used in the mode that it is in.
         propagate: makes P~ from logits and features.
         image: at the working size.
+        adjust: what the logits (1, C, h, w) undergo before propagation, if anything; their softmax is then given as
+            "adjusted", and stands for P in the blend.
         mode: "original": the whole image at once. "sliding_window": square windows that overlap by a third at least,
             averaged. "center_crop": the middle window only, (C, h, w).
         window: edge of the windows, in pixels of `image`.
     """
-    device = next(network.parameters()).device
-    x = to_input(image)[None].to(device)
-    height, width = x.shape[-2:]
-    if mode == "center_crop":
-        x = x[..., _middle(height, window), _middle(width, window)]
-    if mode != "sliding_window":
-        return _outputs(network, propagate, x)
     sums: dict[str, Tensor] = {}
-    count = x.new_zeros(height, width)
-    for rows, columns in product(_windows(height, window), _windows(width, window)):
-        for name, values in _outputs(network, propagate, x[..., rows, columns]).items():
+    count = torch.zeros(image.shape[1:])
+    for rows, columns, output in outputs(network, image, mode=mode, window=window):
+        found = _probabilities(propagate, output, adjust)
+        if mode != "sliding_window":
+            return found
+        for name, values in found.items():
             if name not in sums:
-                sums[name] = values.new_zeros(len(values), height, width)
+                sums[name] = values.new_zeros(len(values), *image.shape[1:])
             sums[name][:, rows, columns] += values
         count[rows, columns] += 1
-    return {name: values / count for name, values in sums.items()}
+    return {name: values / count.to(values) for name, values in sums.items()}
 
 
-def _outputs(network: nn.Module, propagate: DerivativeLabelPropagation, x: Tensor) -> dict[str, Tensor]:
-    output = network(x)
-    prediction = output.logits.softmax(1)[0]
-    propagated = propagate(output.logits, output.feats).softmax(1)[0]
-    return {"prediction": prediction, "propagated": propagated, "blend": (prediction + propagated) / 2}
+def _probabilities(propagate: DerivativeLabelPropagation, output: Output, adjust: Adjust | None) -> dict[str, Tensor]:
+    found = {"prediction": output.logits.softmax(1)[0]}
+    logits, start = output.logits, found["prediction"]
+    if adjust is not None:
+        logits = adjust(logits)
+        start = found["adjusted"] = logits.softmax(1)[0]
+    found["propagated"] = propagate(logits, output.feats).softmax(1)[0]
+    return found | {"blend": (start + found["propagated"]) / 2}
 
 
 def _middle(size: int, window: int) -> slice:
@@ -85,6 +107,7 @@ def predict(
     image: Tensor,
     size: Sequence[int],
     *,
+    adjust: Adjust | None = None,
     mode: str = "original",
     window: int = 0,
 ) -> dict[str, Tensor]:
@@ -92,7 +115,7 @@ def predict(
     # `max` is four times faster than `argmax` over a dimension that is not the last.
     return {
         name: F.interpolate(values[None], tuple(size), mode="bilinear", align_corners=True)[0].max(0).indices
-        for name, values in probabilities(network, propagate, image, mode=mode, window=window).items()
+        for name, values in probabilities(network, propagate, image, adjust=adjust, mode=mode, window=window).items()
     }
 
 
@@ -102,6 +125,7 @@ def evaluate(
     data: SegmentationDataset,
     class_names: Sequence[str],
     *,
+    adjust: Adjust | None = None,
     mode: str = "original",
     window: int = 0,
     progress: bool = True,
@@ -113,18 +137,21 @@ def evaluate(
         propagate: makes P~ from a network's logits and features.
         data: labelled samples with masks at their stored size.
         class_names: in id order.
+        adjust: see `probabilities`.
         mode: see `probabilities`.
         window: see `probabilities`.
         progress: show progress.
 
     Returns:
-        For each network, for each of `OUTPUTS`: {"miou", "accuracy", "iou": {class name: IoU or None}}.
+        For each network, for each of `OUTPUTS` and, with `adjust`, for "adjusted": {"miou", "accuracy", "iou": {class
+        name: IoU or None}}.
     """
     scores: dict[str, dict[str, MetricCollection]] = {}
     for name, network in networks.items():
         network.eval()
         device = next(network.parameters()).device
-        scores[name] = {key: make_metric(len(class_names)).to(device) for key in OUTPUTS}
+        keys = OUTPUTS if adjust is None else (*OUTPUTS, "adjusted")
+        scores[name] = {key: make_metric(len(class_names)).to(device) for key in keys}
     indices = range(rank(), len(data), world_size())
     with make_bar(len(indices), "evaluate", progress=progress) as bar:
         for index in indices:
@@ -139,7 +166,7 @@ def evaluate(
                 target = target[_middle(target.shape[0], edges[0]), _middle(target.shape[1], edges[1])]
             for name, network in networks.items():
                 for key, labels in predict(
-                    network, propagate, sample["image"], target.shape, mode=mode, window=window
+                    network, propagate, sample["image"], target.shape, adjust=adjust, mode=mode, window=window
                 ).items():
                     scores[name][key].update(labels[None], target[None].to(labels.device))
             bar.update()
@@ -176,3 +203,38 @@ def summarise(metric: MetricCollection, class_names: Sequence[str]) -> dict[str,
     }
     accuracy = confusion.diagonal().sum() / confusion.sum().clamp(min=1)
     return {"miou": values["miou"].item(), "accuracy": accuracy.item(), "iou": iou}
+
+
+# --- for comparisons image by image ----------------------------------------------------------------------------------
+
+
+def confusion(labels: Tensor, truth: Tensor, num_classes: int) -> np.ndarray:
+    """(C, C) pixel counts, rows the truth, of two (H, W) of ids; void of the truth is left out."""
+    known = truth != VOID
+    pairs = num_classes * truth[known].long() + labels[known]
+    return torch.bincount(pairs.cpu(), minlength=num_classes**2).view(num_classes, num_classes).numpy()
+
+
+def mean_iou(confusions: np.ndarray) -> np.ndarray:
+    """(...) mIoU in percent of (..., C, C); as `make_metric` has it."""
+    inside = np.diagonal(confusions, axis1=-2, axis2=-1)
+    union = confusions.sum(-1) + confusions.sum(-2) - inside
+    iou = np.where(union > 0, inside / np.maximum(union, 1), 0.0)
+    return 100 * iou.sum(-1) / np.maximum((union > 0).sum(-1), 1)
+
+
+def gain(confusions: np.ndarray, control: np.ndarray) -> tuple[float, float]:
+    """The difference in mIoU to a control on the same images, and its standard error over images by the jackknife.
+
+    Args:
+        confusions: (images, C, C).
+        control: likewise.
+    """
+
+    def without(x: np.ndarray) -> np.ndarray:
+        return mean_iou(x.sum(0) - x)
+
+    n = len(confusions)
+    left = without(confusions) - without(control)
+    error = np.sqrt((n - 1) / n * np.square(left - left.mean()).sum())
+    return float(mean_iou(confusions.sum(0)) - mean_iou(control.sum(0))), float(error)

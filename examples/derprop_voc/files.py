@@ -4,6 +4,7 @@ import io
 import json
 import os
 import platform
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,26 @@ def write_checkpoint(path: Path, values: Mapping[str, Any]) -> None:
     except OSError as error:
         kept = "the previous one is untouched" if path.exists() else "there is none before it"
         raise CheckpointError(f"{path}: the checkpoint could not be written ({error.strerror}); {kept}") from None
+
+
+def read_tensors(path: Path, kind: str) -> Any:
+    """What torch.save has written, on the CPU, without running code from it.
+
+    Args:
+        path: of the file.
+        kind: what is expected, for the errors.
+
+    Raises:
+        CheckpointError: for a file that is missing or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected {kind}, found no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load looks at no checksum
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and tensor readers each have their own exceptions
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise CheckpointError(f"{path}: damaged, or not a file of torch.save: {reason}") from None

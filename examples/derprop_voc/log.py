@@ -36,7 +36,7 @@ class Log:
             self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=purge)
 
     def add(self, step: int, epoch: int, kind: str, numbers: Mapping[str, float]) -> None:
-        """Adds one entry: kind is "train", "pseudo" or "val"."""
+        """Adds one entry: kind is "train", "pseudo", "confident" or "val"."""
         entry = {"step": step, "epoch": epoch, "kind": kind} | dict(numbers)
         self.history.append(entry)
         if not self.enabled:
@@ -72,6 +72,7 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         ("losses", "train", [name for name in LOSSES if any(name in entry for entry in history)], "log"),
         ("pseudo-label threshold and kept pixels", "train", ["threshold", "kept"], "linear"),
         ("mIoU on training crops", "pseudo", None, "linear"),
+        ("pixels above the threshold and their accuracy", "confident", None, "linear"),
         ("validation mIoU", "val", None, "linear"),
     ]
     shown = []

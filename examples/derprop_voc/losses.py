@@ -1,4 +1,4 @@
-"""The training objective, Eq. 7, and what it needs: pseudo-labels, their confidence, and the terms of each half."""
+"""The training objective, Eq. 7, and what it needs: propagation, the confidence threshold, the terms of each half."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from dlprop import DerivativeLabelPropagation, DerivativeLoss
 from dlprop.affinity import Affinity, Discriminant, Linear, Ridge, Softmax
+from dlprop.statistics import ClassStatistics
 
 from .config import ONLY_FOR, Config
 from .data import VOID
@@ -23,12 +24,21 @@ AFFINITIES: dict[str, Callable[..., Affinity]] = {
 }
 
 
-def make_propagation(config: Config) -> DerivativeLabelPropagation:
-    """Propagation with the affinity of `config` and those of its options that this affinity has."""
+def make_propagation(config: Config, statistics: ClassStatistics | None = None) -> DerivativeLabelPropagation:
+    """Propagation with the affinity of `config` and those of its options that this affinity has.
+
+    Args:
+        config: the options of the group "propagation".
+        statistics: of other images than those propagated, which the discriminant adds to its own (`across: data`).
+    """
     options: dict[str, Any] = {"weights": config.order_weights, "scheme": config.scheme}
     options |= {name: getattr(config, name) for name, affinities in ONLY_FOR.items() if config.affinity in affinities}
     if not config.shrinkage:
         options.pop("shrinkage", None)
+    if config.across == "data":
+        options["across"] = "image"
+    if statistics is not None:
+        options["statistics"] = statistics
     if config.normalize != "auto":
         options["normalize"] = _optional(config.normalize)
     return DerivativeLabelPropagation(AFFINITIES[config.affinity](**options), resolution=config.resolution)
@@ -87,19 +97,11 @@ class Objective(nn.Module):
     on the unlabelled half, as the bracket of Eq. 7 has it; on the labelled half they are added, as written.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, propagate: DerivativeLabelPropagation | None = None) -> None:
         super().__init__()
         self.config = config
-        self.propagate = make_propagation(config)
+        self.propagate = propagate or make_propagation(config)
         self.derivative_loss = make_derivative_loss(config)
-
-    @torch.no_grad()
-    def pseudo_labels(self, weak: Output, valid: Tensor, ramp: float) -> Tensor:
-        """P_bar of Eq. 5, or P where the variant has no propagation: (N, C, H, W)."""
-        if self.config.propagates and self.config.rectify:
-            logits, mask = without_padding(self.propagate, weak.logits, valid)
-            return self.propagate.rectify(logits, weak.feats, ramp * self.config.ramp_end, mask=mask)
-        return weak.logits.softmax(1)
 
     def labeled(self, output: Output, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """CE(P_l, Y), CE(P~_l, Y) and the labelled half of L_Der.

@@ -197,7 +197,8 @@ def read_weights(path: Path, model: nn.Module, needed: list[str]) -> None:
 class SegmentationNetwork(nn.Module):
     """Low-level features and ASPP fused into a classifier, with J beside them.
 
-    J reads the high-level features and is used by similarities only, so the logits do not depend on it.
+    J reads the high-level features and is used by similarities only, so the logits do not depend on it. Without J
+    (`propagation_features: decoder`) similarities are of the fused map.
 
     Args:
         config: the options of the group "network".
@@ -223,14 +224,16 @@ class SegmentationNetwork(nn.Module):
             *(Conv2dNormActivation(channels, channels, kernel_size=3) for _ in range(config.fuse_layers - 1)),
         )
         self.classifier = nn.Conv2d(channels, num_classes, 1)
-        self.projection = nn.Sequential(
-            Conv2dNormActivation(backbone.high_channels, channels, kernel_size=1),
-            nn.Conv2d(channels, config.feature_channels, 1),
-            nn.ReLU() if config.nonnegative else nn.Identity(),
-        )
+        self.projection = None
+        if not config.reads_decoder:
+            self.projection = nn.Sequential(
+                Conv2dNormActivation(backbone.high_channels, channels, kernel_size=1),
+                nn.Conv2d(channels, config.feature_channels, 1),
+                nn.ReLU() if config.nonnegative else nn.Identity(),
+            )
         if config.batch_norm == "frozen":
             freeze_batch_norm_2d(self)
-        if not config.trains_projection:
+        if self.projection is not None and not config.trains_projection:
             # DDP would wait for its gradient.
             self.projection.requires_grad_(requires_grad=False)
 
@@ -239,9 +242,9 @@ class SegmentationNetwork(nn.Module):
         maps = self.backbone((images - self.mean) / self.std)
         low = self.low(maps["low"])
         context = F.interpolate(self.aspp(maps["high"]), low.shape[-2:], mode="bilinear", align_corners=True)
-        logits = self.classifier(self.fuse(torch.cat([low, context], 1)))
-        logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=True)
-        return Output(logits, self.projection(maps["high"]))
+        fused = self.fuse(torch.cat([low, context], 1))
+        logits = F.interpolate(self.classifier(fused), images.shape[-2:], mode="bilinear", align_corners=True)
+        return Output(logits, fused if self.projection is None else self.projection(maps["high"]))
 
     def parameter_groups(self, lr: float, head_multiplier: float) -> list[dict[str, object]]:
         """Optimiser groups: the backbone, and everything that never has pretrained weights."""

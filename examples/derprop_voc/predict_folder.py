@@ -2,8 +2,9 @@
 
 import argparse
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +17,22 @@ from .choice import (
     Finished,
     add_machine_arguments,
     add_network_argument,
+    add_propagation_arguments,
     add_source_arguments,
     checked_window,
     checkpoint_files,
     load_finished,
     make_device,
+    propagation_options,
+    with_propagation,
 )
-from .config import ConfigError
+from .config import Config, ConfigError
 from .data import check_image, read_image
 from .evaluate import predict
 from .figures import FRAME, INK, new_figure, write_figure
 from .files import write_bytes
-from .losses import make_propagation
 from .panels import class_colours
+from .pooled import Images, key_of, pool_for, pooled_propagation, tau_of, write_statistics
 from .progress import make_bar
 from .sources import IMAGE_SUFFIXES, DataError
 
@@ -43,7 +47,8 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     add_network_argument(parser)
     parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="its jpg, jpeg and png files")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="another folder, for the pictures")
-    parser.add_argument("--propagated", action="store_true", help="take P~ instead of P")
+    parser.add_argument("--propagated", action="store_true", help="take P~ instead of P, or of P by --tau")
+    add_propagation_arguments(parser)
     parser.add_argument("--mode", choices=MODES, help="default: sliding_window if the run is evaluated so")
     parser.add_argument("--window", type=int, help="edge of the windows (default: the run's crop_size)")
     parser.add_argument("--alpha", type=float, default=0.5, help="opacity of an overlay's colours (%(default)s)")
@@ -61,17 +66,44 @@ def predict_command(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"out: expected another folder than the images' own, got {arguments.out}")
     device = make_device(arguments.accelerator, arguments.threads)
     (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
-    predict_folder(
-        finished,
-        images,
-        arguments.out,
-        network=arguments.network,
-        propagated=arguments.propagated,
-        mode=arguments.mode,
-        window=arguments.window,
-        alpha=arguments.alpha,
-    )
+    options = propagation_options(arguments)
+    label = make_labels(finished, images, arguments, with_propagation(finished.config, options))
+    predict_folder(images, arguments.out, label, finished.class_names, alpha=arguments.alpha)
     print(f"{len(images)} images: masks, overlays and legend.png are in {arguments.out}")
+
+
+def make_labels(
+    finished: Finished, images: Sequence[Path], arguments: argparse.Namespace, settings: Config
+) -> Callable[[Tensor], Tensor]:
+    """What gives class ids (H, W) for a uint8 image (3, H, W), as the flags of `predict` have it.
+
+    Passes over the images that this takes are made here, and the file of statistics is written.
+
+    Args:
+        finished: the checkpoint; its image_size is the size that the network works at.
+        images: files of the folder.
+        arguments: of the command.
+        settings: options of propagation.
+    """
+    config, name, size = finished.config, finished.name_of(arguments.network), finished.config.image_size
+    mode = arguments.mode or (config.evaluation if config.evaluation in MODES else "original")
+    windows: dict[str, Any] = {"mode": mode, "window": arguments.window or config.crop_size}
+    read, write = arguments.read_statistics, arguments.write_statistics
+    pooled = None
+    if arguments.propagated or tau_of(settings) or read or write:  # P itself needs no pass before
+        every = Images(lambda index: read_image(images[index], size), len(images))
+        pooled = pool_for(finished, name, settings, every, read=read, write=write is not None, **windows)
+    if write and pooled is not None:
+        write_statistics(write, {key_of(finished, name): pooled}, finished.class_names, len(images))
+    propagate = pooled_propagation(settings, pooled, add_own=read is not None)
+    adjust = pooled.adjust if pooled else None
+    shown = "propagated" if arguments.propagated else "adjusted" if adjust else "prediction"
+
+    def label(image: Tensor) -> Tensor:
+        worked = TF.resize(image, list(size), antialias=True) if size else image
+        return predict(finished.networks[name], propagate, worked, image.shape[-2:], adjust=adjust, **windows)[shown]
+
+    return label
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -95,46 +127,33 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def predict_folder(
-    finished: Finished,
     images: Sequence[Path],
     out: Path,
+    label: Callable[[Tensor], Tensor],
+    class_names: Sequence[str],
     *,
-    network: str = "tested",
-    propagated: bool = False,
-    mode: str | None = None,
-    window: int | None = None,
     alpha: float = 0.5,
     progress: bool = True,
 ) -> None:
     """Writes `<stem>_mask.png` and `<stem>_overlay.png` at each image's own size, and `legend.png`.
 
     Args:
-        finished: the checkpoint; its image_size is the size that the network works at.
         images: files with different stems.
         out: folder to write into.
-        network: "tested", "trained" or "averaged".
-        propagated: take P~ instead of P.
-        mode: "original" or "sliding_window"; None: the run's own, "original" where that is a centre crop.
-        window: edge of the windows; None: the run's crop_size.
+        label: gives class ids (H, W) for a uint8 image (3, H, W).
+        class_names: in id order.
         alpha: opacity of an overlay's colours.
         progress: show progress.
     """
-    config, chosen = finished.config, finished.network(network)
-    propagate = make_propagation(config)
-    mode = mode or (config.evaluation if config.evaluation in MODES else "original")
-    colours = np.round(255 * class_colours(len(finished.class_names))).astype(np.uint8)
+    colours = np.round(255 * class_colours(len(class_names))).astype(np.uint8)
     with make_bar(len(images), "predict", progress=progress) as bar:
         for path in images:
             image = read_image(path).as_subclass(Tensor)
-            worked = TF.resize(image, list(config.image_size), antialias=True) if config.image_size else image
-            labels = predict(chosen, propagate, worked, image.shape[-2:], mode=mode, window=window or config.crop_size)[
-                "propagated" if propagated else "prediction"
-            ]
-            ids = labels.to("cpu", torch.uint8).numpy()
+            ids = label(image).to("cpu", torch.uint8).numpy()
             write_png(out / f"{path.stem}_mask.png", palette_image(ids, colours))
             write_png(out / f"{path.stem}_overlay.png", overlay(image.permute(1, 2, 0).numpy(), colours[ids], alpha))
             bar.update()
-    draw_legend(out / "legend.png", finished.class_names)
+    draw_legend(out / "legend.png", class_names)
 
 
 def palette_image(ids: np.ndarray, colours: np.ndarray) -> Image.Image:

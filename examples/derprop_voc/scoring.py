@@ -8,21 +8,27 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from .choice import (
+    PROPAGATION,
     Finished,
     add_machine_arguments,
+    add_propagation_arguments,
     add_source_arguments,
     checked_window,
     checkpoint_files,
     load_finished,
     make_device,
+    propagation_options,
+    with_propagation,
 )
 from .config import Config, ConfigError, hints, make_config
 from .data import Data, SegmentationDataset, load_data
 from .evaluate import evaluate
 from .files import versions, write_json
-from .losses import make_propagation
+from .pooled import Images, key_of, pool_for, pooled_propagation, tau_of, write_statistics
 
 DATA_OPTIONS = ("dataset", "data", "partition")
+OF_LISTS = (*DATA_OPTIONS, "download", "sbd", "num_classes", "class_names")
+SHOWN = {"prediction": "P", "adjusted": "P adj.", "propagated": "P~"}
 Value = TypeVar("Value")
 
 
@@ -33,6 +39,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=modes, help="how images are scored (default: the run's `evaluation`)")
     parser.add_argument("--window", type=int, help="edge of the windows and of the crop (default: the run's crop_size)")
     add_data_arguments(parser)
+    add_propagation_arguments(parser)
     parser.add_argument(
         "--out", type=Path, help="JSON file (default: evaluation_<mode>.json beside the first checkpoint)"
     )
@@ -61,7 +68,13 @@ def score(arguments: argparse.Namespace) -> None:
     device = make_device(arguments.accelerator, arguments.threads)
     paths = checkpoint_files(arguments, best=True)
     results = score_checkpoints(
-        load_finished(paths, device), mode=arguments.mode, window=arguments.window, overrides=data_overrides(arguments)
+        load_finished(paths, device),
+        mode=arguments.mode,
+        window=arguments.window,
+        overrides=data_overrides(arguments),
+        options=propagation_options(arguments),
+        read=arguments.read_statistics,
+        write=arguments.write_statistics,
     )
     out = arguments.out or paths[0].parent / f"evaluation_{results['mode']}.json"
     write_json(out, results | {"device": str(device)})
@@ -74,6 +87,9 @@ def score_checkpoints(
     mode: str | None = None,
     window: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    read: Path | None = None,
+    write: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores every network of every checkpoint on the same images: those of the first checkpoint's run.
@@ -83,6 +99,9 @@ def score_checkpoints(
         mode: see `probabilities`; None: as the runs have it.
         window: edge of the windows; None: the runs' crop_size.
         overrides: options that say where the data lies now.
+        options: of propagation, in the place of the runs'; see `with_propagation`.
+        read: file of statistics to use, see `pool_for`.
+        write: file to keep the statistics of these images in.
         progress: show progress bars, on terminals.
 
     Raises:
@@ -101,15 +120,27 @@ def score_checkpoints(
                 f"class_names: {item.path} was made with {list(item.class_names)}, found {list(data.class_names)}"
             )
     start = time.perf_counter()
-    checkpoints = []
+    checkpoints, kept = [], {}
+    windows: dict[str, Any] = {"mode": mode, "window": window or 0}
     for item in finished:
+        settings = with_propagation(item.config, options or {})
         val = SegmentationDataset(data.val, labeled=True, size=item.config.image_size, stored_mask=True)
-        propagate = make_propagation(item.config)
-        networks = evaluate(
-            item.networks, propagate, val, data.class_names, mode=mode, window=window or 0, progress=progress
-        )
+        networks = {}
+        for name, network in item.networks.items():
+            images = Images.of_items(data.val, item.config.image_size, progress=progress)
+            pooled = pool_for(item, name, settings, images, read=read, write=write is not None, **windows)
+            if pooled is not None:
+                kept[key_of(item, name)] = pooled
+            propagate = pooled_propagation(settings, pooled, add_own=read is not None)
+            adjust = pooled.adjust if pooled else None
+            networks |= evaluate(
+                {name: network}, propagate, val, data.class_names, adjust=adjust, progress=progress, **windows
+            )
         facts = {"name": item.name, "step": item.step, "epoch": item.epoch, "variant": item.config.variant}
-        checkpoints.append(facts | {"tested": list(networks)[-1], "networks": networks})
+        propagation = {name: settings.to_dict()[name] for name in PROPAGATION} | {"tau": tau_of(settings)}
+        checkpoints.append(facts | {"propagation": propagation, "tested": list(networks)[-1], "networks": networks})
+    if write is not None:
+        write_statistics(write, kept, data.class_names, len(data.val))
     return {
         "mode": mode,
         "window": window,
@@ -132,31 +163,28 @@ def _settled(name: str, given: Value | None, own: Sequence[Value]) -> Value:
 
 def validation_data(config: Config) -> Data:
     """The data of a run without its unlabelled list, which scoring does not need."""
-    return load_data(make_config(config.to_dict() | {"variant": "supervised"}))
+    lists = {name: value for name, value in config.to_dict().items() if name in OF_LISTS}
+    return load_data(make_config(lists | {"variant": "supervised"}))
 
 
 def table(results: Mapping[str, Any]) -> str:
     """IoU of every class and its mean as fixed-width text: a column for each checkpoint, network, and P and P~."""
-    columns = [
-        (checkpoint, network, scores[key])
-        for checkpoint in results["checkpoints"]
-        for network, scores in checkpoint["networks"].items()
-        for key in ("prediction", "propagated")
-    ]
+    shown = [key for key in SHOWN if all(key in scores for _, _, scores in _networks(results))]
+    columns = [scores[key] for _, _, scores in _networks(results) for key in shown]
     labels = [f"{checkpoint['name']}, step {checkpoint['step']}" for checkpoint in results["checkpoints"]]
     first = max(map(len, ["class", *results["classes"]])) + 2
     # A label is as wide as its checkpoint's columns, of which there are two at least.
-    width = max(10, *(-(-(len(label) + 2) // 2) for label in labels))
-    rows = [(name, [_percent(scores["iou"][name]) for _, _, scores in columns]) for name in results["classes"]] + [
-        ("mean", [_percent(scores["miou"]) for _, _, scores in columns])
+    width = max(10, *(-(-(len(label) + 2) // len(shown)) for label in labels))
+    rows = [(name, [_percent(scores["iou"][name]) for scores in columns]) for name in results["classes"]] + [
+        ("mean", [_percent(scores["miou"]) for scores in columns])
     ]
     heads = [
         "".join(
-            f"{label:^{2 * width * len(checkpoint['networks'])}}"
+            f"{label:^{len(shown) * width * len(checkpoint['networks'])}}"
             for label, checkpoint in zip(labels, results["checkpoints"], strict=True)
         ),
-        "".join(f"{network:^{2 * width}}" for _, network, _ in columns[::2]),
-        f"{'P':>{width}}{'P~':>{width}}" * (len(columns) // 2),
+        "".join(f"{network:^{len(shown) * width}}" for _, network, _ in _networks(results)),
+        "".join(f"{SHOWN[key]:>{width}}" for key in shown) * (len(columns) // len(shown)),
     ]
     window = f", window {results['window']}" if results["window"] else ""
     lines = [
@@ -167,7 +195,18 @@ def table(results: Mapping[str, Any]) -> str:
         "",
         "P: prediction. P~: the same logits propagated. -: a class in neither truth nor prediction, not in the mean.",
     ]
+    if "adjusted" in shown:
+        lines.append("P adj.: by the class shares of P over all images, with --tau; P~ is then of these logits.")
     return "\n".join(lines) + "\n"
+
+
+def _networks(results: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Checkpoint, name and scores of every network."""
+    return [
+        (checkpoint["name"], network, scores)
+        for checkpoint in results["checkpoints"]
+        for network, scores in checkpoint["networks"].items()
+    ]
 
 
 def _percent(value: float | None) -> str:

@@ -1,6 +1,5 @@
 """All that changes while training, and its way into checkpoints and back."""
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,16 +7,18 @@ from types import UnionType
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from dlprop import MomentumAverager
 
 from .config import Config, ConfigError
 from .data import Data, digest
-from .distributed import gathered
-from .files import CheckpointError
+from .distributed import gathered, rank, world_size
+from .files import CheckpointError, read_tensors
 from .frozen import Network, make_network
 from .losses import AdaptiveThreshold
+from .rectification import Rectification
 
 # Options that do not change what is computed, and so may differ between a checkpoint and the run that resumes it.
 FREE_OPTIONS = (
@@ -35,6 +36,7 @@ class State:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     threshold: AdaptiveThreshold
+    running: Rectification
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
@@ -51,6 +53,7 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "threshold": self.threshold.state_dict(),
+            "running": self.running.state_dict(),
             "precision": dict(precision),  # the gradient scaler's state with 16-mixed, else empty
             "random": gathered({"cpu": torch.get_rng_state(), "cuda": cuda}),  # one entry a process
             "history": self.history,
@@ -66,7 +69,7 @@ class State:
         Raises:
             CheckpointError: at the first value that does not fit; the message names the part and the key.
         """
-        for name in ("network", "averager", "optimizer", "schedule", "threshold"):
+        for name in ("network", "averager", "optimizer", "schedule", "threshold", "running"):
             part, values = getattr(self, name), checkpoint[name]
             if part is None:
                 continue
@@ -84,7 +87,7 @@ class State:
 
 
 # Counts up when a key, an option or its meaning changes, so that no file is read as what it is not.
-FORMAT = "derprop_voc 2"
+FORMAT = "derprop_voc 3"
 KEYS: dict[str, type | UnionType] = {
     "step": int,
     "epoch": int,
@@ -93,6 +96,7 @@ KEYS: dict[str, type | UnionType] = {
     "optimizer": dict,
     "schedule": dict,
     "threshold": dict,
+    "running": dict,
     "precision": dict,
     "random": list,
     "history": list,
@@ -104,7 +108,7 @@ KEYS: dict[str, type | UnionType] = {
 
 
 def make_state(config: Config, num_classes: int, device: torch.device, steps: int, *, initialise: bool = True) -> State:
-    """Network, momentum network, optimiser, schedule and threshold, at step 0 of `steps`."""
+    """Network, momentum network, optimiser, schedule, threshold and pseudo-labels, at step 0 of `steps`."""
     network = make_network(config, num_classes, initialise=initialise).to(device)
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
@@ -122,6 +126,7 @@ def make_state(config: Config, num_classes: int, device: torch.device, steps: in
         threshold=AdaptiveThreshold(
             config.threshold, config.threshold_momentum if config.confidence == "adaptive" else 1.0
         ).to(device),
+        running=Rectification(config, num_classes).to(device),
     )
 
 
@@ -131,17 +136,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: for a file that is missing, damaged or another program's; the message names the key.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: expected a checkpoint, found no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load looks at no checksum
-        if damaged:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and tensor readers each have their own exceptions
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise CheckpointError(f"{path}: damaged, or not a file of torch.save: {reason}") from None
+    checkpoint = read_tensors(path, "a checkpoint")
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: expected a checkpoint of this program, found a {type(checkpoint).__name__}")
     for key in ("format", *KEYS):
@@ -155,6 +150,35 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             found = type(checkpoint[key]).__name__
             raise CheckpointError(f"{path}: key {key!r}: expected {getattr(kind, '__name__', kind)}, found {found}")
     return checkpoint
+
+
+def restore(fabric: Fabric, state: State, checkpoint: dict[str, Any], path: Path) -> None:
+    """Brings a run to where a checkpoint was written, its random numbers and gradient scaler too.
+
+    Raises:
+        CheckpointError: at the first value that does not fit.
+    """
+    state.restore(path, checkpoint)
+    try:
+        fabric.strategy.precision.load_state_dict(checkpoint["precision"])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: precision: does not fit: {' '.join(str(error).split())}") from None
+    if len(checkpoint["random"]) != world_size():
+        if fabric.is_global_zero:
+            print(
+                f"note: {path} was made by {len(checkpoint['random'])} processes and goes on with {world_size()}: "
+                "the run stays valid but is not the one an uninterrupted training would have been",
+                flush=True,
+            )
+        torch.manual_seed(state.step + 1_000_003 * rank())
+        return
+    random = checkpoint["random"][rank()]
+    try:
+        torch.set_rng_state(random["cpu"])
+        if random["cuda"] is not None and fabric.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: random: does not fit: {' '.join(str(error).split())}") from None
 
 
 def changed_options(found: Mapping[str, Any], config: Config) -> list[tuple[str, Any, Any]]:

@@ -7,24 +7,22 @@ from typing import Any
 
 from .ablate import read_grid
 from .choice import (
+    PROPAGATION,
     add_machine_arguments,
     add_network_argument,
     add_source_arguments,
+    check_propagation,
     checkpoint_files,
     load_finished,
     make_device,
+    with_propagation,
 )
-from .config import ONLY_FOR, Config, ConfigError, make_config
+from .config import Config, make_config
 from .data import SegmentationDataset
 from .evaluate import evaluate
 from .files import versions, write_json
-from .losses import make_propagation
+from .pooled import Images, Pooled, pool_for, pooled_propagation, tau_of
 from .scoring import add_data_arguments, data_overrides, validation_data
-
-PROPAGATION = (
-    "affinity", "scale", "resolution", "similarity", "normalize", "scheme", "order_weights", "shrinkage", "balance",
-    "across",
-)  # fmt: skip
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,20 +46,29 @@ def sweep(arguments: argparse.Namespace) -> None:
     settings = make_settings(base, read_grid(arguments.grid))
     data = validation_data(base)
     val = SegmentationDataset(data.val, labeled=True, size=base.image_size, stored_mask=True)
+    network = finished.name_of(arguments.network)
+    images = Images.of_items(data.val, base.image_size)
+    windows: dict[str, Any] = {"mode": base.evaluation, "window": base.crop_size}
     rows = []
+    pools: dict[float, Pooled] = {}
     for name, config in settings.items():
+        tau = tau_of(config)
+        pooled = pools.get(tau) or pool_for(finished, network, config, images, **windows)
+        if pooled is not None:
+            pools[tau] = pooled
         scores = evaluate(
-            {"network": finished.network(arguments.network)},
-            make_propagation(config),
+            {network: finished.networks[network]},
+            pooled_propagation(config, pooled),
             val,
             data.class_names,
-            mode=base.evaluation,
-            window=base.crop_size,
-        )["network"]
+            adjust=pooled.adjust if pooled else None,
+            **windows,
+        )[network]
         rows.append(
             {"setting": name}
             | {key: values["miou"] for key, values in scores.items()}
             | {option: config.to_dict()[option] for option in PROPAGATION}
+            | {"tau": tau}
         )
     out = arguments.out or paths[0].parent / "sweep.json"
     facts = {"checkpoint": finished.name, "step": finished.step, "network": arguments.network, "images": len(val)}
@@ -72,30 +79,33 @@ def sweep(arguments: argparse.Namespace) -> None:
 def make_settings(base: Config, grid: Mapping[str, Mapping[str, Any]]) -> dict[str, Config]:
     """The grid's settings on top of the run's options, without the weights that the run was trained with.
 
-    A setting that names an affinity starts from that affinity's defaults, and the run's `scheme` and `resolution`.
+    A setting that names an affinity starts from that affinity's defaults, see `with_propagation`.
 
     Raises:
         ConfigError: for an option that is not one of propagation.
     """
     for name, options in grid.items():
-        for option in options:
-            if option not in PROPAGATION:
-                raise ConfigError(f"grid: {name}: expected options of {', '.join(PROPAGATION)}, got {option}")
-    weights: dict[str, Any] = {"order_weights": Config.order_weights}
-    of_affinity = weights | {name: getattr(Config, name) for name in ("normalize", *ONLY_FOR)}
+        check_propagation(f"grid: {name}", options)
     return {
-        name: make_config(base.to_dict() | (of_affinity if "affinity" in options else weights) | dict(options))
+        name: with_propagation(base, {"order_weights": Config.order_weights} | dict(options))
         for name, options in grid.items()
     }
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """MIoU in percent as a Markdown table; P does not depend on the setting."""
+    """MIoU in percent as a Markdown table; P does not depend on the setting, and is adjusted where there is a tau."""
+    names = ["propagated", "blend"]
+    heads = ["P~", "(P + P~) / 2"]
+    if any("adjusted" in row for row in rows):
+        names, heads = ["adjusted", *names], ["P adjusted", *heads]
     lines = [
         f"P: {100 * rows[0]['prediction']:.1f}",
         "",
-        "| setting | P~ | (P + P~) / 2 |",
-        "|---|---|---|",
-        *(f"| {row['setting']} | {100 * row['propagated']:.1f} | {100 * row['blend']:.1f} |" for row in rows),
+        f"| setting | {' | '.join(heads)} |",
+        f"|---|{'---|' * len(heads)}",
+        *(
+            f"| {row['setting']} | {' | '.join(f'{100 * row[name]:.1f}' if name in row else '-' for name in names)} |"
+            for row in rows
+        ),
     ]
     return "\n".join(lines)

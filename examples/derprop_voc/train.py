@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 from .augment import Augment, AugmentFeatures, cutmix, cutmix_boxes
 from .cache import CachedFeatures, cache_place, feature_maps, fill_cache, read_cache
 from .config import Config, ConfigError
-from .data import Data, SeededBatches, SegmentationDataset, collate, load_data, read_image
+from .data import VOID, Data, SeededBatches, SegmentationDataset, collate, load_data, read_image
 from .distributed import gathered, global_mean, highest, rank, share, total, world_size
 from .evaluate import evaluate
-from .files import CheckpointError, versions, write_checkpoint, write_json, write_yaml
+from .files import versions, write_checkpoint, write_json, write_yaml
 from .frozen import FrozenNetwork
 from .log import Log, draw_curves
 from .losses import Objective
@@ -29,16 +29,11 @@ from .model import Output
 from .panels import draw_panel, prediction_rows
 from .progress import make_bar
 from .quality import PseudoLabelQuality
+from .rectification import method
 from .similarity_maps import draw_similarity_maps
-from .state import State, check_resumable, make_state, read_checkpoint
+from .state import State, check_resumable, make_state, read_checkpoint, restore
 
 LOG_EVERY = 10
-AFFINITY_NOTES = {
-    "linear": "Eq. 4, the paper's; on real images it costs points, so try ridge or discriminant",
-    "softmax": "as in the paper's released code; sharp, so P~ is near P",
-    "ridge": "a linear fit of P to the features; its cross entropy is steep, so take --detach-logits",
-    "discriminant": "balances the classes; for dense scenes whose small classes die out",
-}
 Batch = dict[str, Any]
 
 
@@ -139,7 +134,7 @@ def _run(fabric: Fabric, config: Config, data: Data, *, resume: bool, progress: 
     torch.manual_seed(config.seed)
     state = make_state(config, len(data.class_names), fabric.device, length.run, initialise=checkpoint is None)
     if checkpoint:
-        _restore(fabric, state, checkpoint, latest)
+        restore(fabric, state, checkpoint, latest)
     elif rank():
         torch.manual_seed(config.seed + 1_000_003 * rank())  # dropout differs between processes
     if fabric.is_global_zero:
@@ -212,41 +207,6 @@ def _frozen_features(
     return cached
 
 
-def method(config: Config) -> str:
-    """One line on what makes the pseudo-labels and by which affinity, and why that one."""
-    if config.variant == "supervised":
-        return "labelled images only; no pseudo-labels, and P~ is only scored"
-    if not config.propagates:
-        return "pseudo-labels: P itself (variant no_propagation), and P~ is only scored"
-    labels = "P and P~ blended by Eq. 5" if config.rectify else "P itself (no_rectify)"
-    chosen = "the default" if config.affinity == Config.affinity else "chosen by --affinity"
-    return f"pseudo-labels: {labels}; P~ by affinity {config.affinity}, {chosen}: {AFFINITY_NOTES[config.affinity]}"
-
-
-def _restore(fabric: Fabric, state: State, checkpoint: dict[str, Any], path: Path) -> None:
-    state.restore(path, checkpoint)
-    try:
-        fabric.strategy.precision.load_state_dict(checkpoint["precision"])
-    except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: precision: does not fit: {' '.join(str(error).split())}") from None
-    if len(checkpoint["random"]) != world_size():
-        if fabric.is_global_zero:
-            print(
-                f"note: {path} was made by {len(checkpoint['random'])} processes and goes on with {world_size()}: "
-                "the run stays valid but is not the one an uninterrupted training would have been",
-                flush=True,
-            )
-        torch.manual_seed(state.step + 1_000_003 * rank())
-        return
-    random = checkpoint["random"][rank()]
-    try:
-        torch.set_rng_state(random["cpu"])
-        if random["cuda"] is not None and fabric.device.type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: random: does not fit: {' '.join(str(error).split())}") from None
-
-
 class Trainer:
     """The loop around Eq. 1-8: `fit` goes on from wherever the state stands."""
 
@@ -264,7 +224,7 @@ class Trainer:
         self.fabric, self.config, self.data, self.state, self.length = fabric, config, data, state, length
         self.features, self.progress = features, progress
         self.out = Path(config.out)
-        self.objective = Objective(config).to(fabric.device)
+        self.objective = Objective(config, state.running.propagate).to(fabric.device)
         if world_size() > 1 and config.batch_norm == "train":
             # timm's, because torch's would drop the activations that timm's layers hold.
             state.network = convert_sync_batchnorm(state.network)
@@ -373,7 +333,8 @@ class Trainer:
         """Log, validation and checkpoints; nothing here draws random numbers."""
         config, state, epoch = self.config, self.state, self._epoch()
         if self.quality:
-            self.log.add(state.step, epoch, "pseudo", self.quality.compute())
+            for kind, numbers in self.quality.compute().items():
+                self.log.add(state.step, epoch, kind, numbers)
         is_best = False
         if config.evaluate_every and (epoch % config.evaluate_every == 0 or state.step == self.length.run):
             scores = self.evaluate()
@@ -409,11 +370,13 @@ class Trainer:
             weak: Output = self.network(batch_u["weak"])
         state.network.train()
         valid = batch_u["valid"]
-        pseudo = objective.pseudo_labels(weak, valid, ramp=state.step / max(1, self.length.run - 1))
+        ramp = state.step / max(1, self.length.run - 1)
+        state.running.follow(weak, valid, batch_l["mask"].masked_fill(~batch_l["valid"], VOID), ramp)
+        pseudo = state.running.pseudo_labels(weak, valid, ramp)
         state.threshold.update(pseudo, valid)
         confident = pseudo.amax(1) >= state.threshold.value
         if self.quality and "mask" in batch_u:
-            self.quality.unlabeled(weak, pseudo, confident, batch_u["mask"], valid)
+            self.quality.unlabeled(weak, pseudo, state.threshold.value, batch_u["mask"], valid)
 
         boxes = self._boxes(batch_u["weak"]).to(valid.device)
         strong, pseudo, weak_feats = (cutmix(x, boxes) for x in (batch_u["strong"], pseudo, weak.feats))

@@ -9,7 +9,16 @@ import pytest
 
 from examples.derprop_voc import ablate as ablate_module
 from examples.derprop_voc.__main__ import main
-from examples.derprop_voc.ablate import draw_quality, is_done, make_jobs, markdown, read_grid, run_all, summarise
+from examples.derprop_voc.ablate import (
+    add_differences,
+    draw_quality,
+    is_done,
+    make_jobs,
+    markdown,
+    read_grid,
+    run_all,
+    summarise,
+)
 from examples.derprop_voc.config import ConfigError, make_config
 from examples.derprop_voc.demo import CONFIGS
 from examples.derprop_voc.scenes import write_scenes
@@ -102,6 +111,55 @@ def test_table_has_means_and_standard_deviations(tmp_path):
     assert lines[2] == "| a | 3 | 33.0 ± 3.6 | 33.0 ± 3.6 | - | - |"
     assert lines[3] == "| b | 3 | 33.0 ± 3.6 | 33.0 ± 3.6 | 43.0 ± 3.6 | 43.0 ± 3.6 |"
     assert markdown(summarise(jobs[:1])).splitlines()[2] == "| a | 1 | 30.0 | 30.0 | - | - |"
+
+
+def test_differences_are_of_pairs_of_one_seed(tmp_path):
+    jobs = make_jobs({}, GRID, [0, 1, 2, 3], tmp_path)
+    values = {
+        ("a", 0): 0.30,
+        ("a", 1): 0.35,
+        ("a", 2): 0.41,
+        ("b", 2): 0.42,
+        ("b", 1): 0.38,
+        ("b", 0): 0.31,
+        ("b", 3): 0.9,
+    }
+    done = [job for job in jobs if (job.variant, job.config.seed) in values]
+    for job in done:
+        value = values[job.variant, job.config.seed]
+        finish(job, value, value if job.variant == "b" else None)
+    rows = summarise(done[::-1])
+    plain = markdown(rows)
+    add_differences(rows, "a")
+    assert [row["differences"]["against"] for row in rows] == ["a", "a"]
+    of_b = rows[0]["differences"]["columns"]
+    assert set(of_b) == {"P", "P~"}  # the reference has no momentum network
+    pairs = {0: 0.01, 1: 0.03, 2: 0.01}
+    assert dict(zip(of_b["P"]["seeds"], of_b["P"]["values"], strict=True)) == pytest.approx(pairs)
+    assert of_b["P"]["mean"] == pytest.approx(0.05 / 3)
+    variance = sum((x - 0.05 / 3) ** 2 for x in pairs.values()) / 2
+    assert of_b["P"]["error"] == pytest.approx((variance / 3) ** 0.5)
+    text = markdown(rows)
+    assert text.startswith(plain)
+    assert text.splitlines()[-5:] == [
+        "Less a, the mean over pairs of one seed ± its standard error:",
+        "",
+        "| variant | P | P~ | P, momentum | P~, momentum |",
+        "|---|---|---|---|---|",
+        "| b | +1.7 ± 0.7 | +1.7 ± 0.7 | - | - |",
+    ]
+    rows = summarise([done[0], *done[-1:]])  # seeds that do not meet
+    add_differences(rows, "a")
+    assert markdown(rows).splitlines()[-1] == "| b | - | - | - | - |"
+
+
+def test_the_reference_is_a_variant_of_the_grid(tmp_path, capsys):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("a: {}\nb: {}\n")
+    assert main(["ablate", f"--grid={grid}", "--against", "c", "--dry-run"]) == 2
+    assert capsys.readouterr().err == "error: against: expected one of a, b, got 'c'\n"
+    assert main(["ablate", f"--grid={grid}", "--against", "b", "--only", "a", "--dry-run"]) == 2
+    assert "error: against: expected one of a, got 'b'" in capsys.readouterr().err
 
 
 def test_curves_are_means_over_seeds(tmp_path, monkeypatch):

@@ -45,6 +45,7 @@ RUNS = {
     "full": {},
     "supervised": {"variant": "supervised"},
     "one_label": {"partition": "one_label", "labeled_batch": 2},
+    "data": {"affinity": "discriminant", "across": "data", "adjust": "alignment", "weight_propagated": 0},
 }
 RESUMED = {"dropout": 0.5, "weak_mode": "train", "num_anchors": 8}
 
@@ -122,11 +123,11 @@ def read(folder):
     return torch.load(Path(folder) / "latest.pt", weights_only=True)
 
 
-def assert_close(found, expected):
+def assert_close(found, expected, rtol=0):
     assert list(found) == list(expected)
     for key in expected:
         torch.testing.assert_close(
-            found[key], expected[key], rtol=0, atol=TOLERANCE, msg=lambda text, key=key: key + text
+            found[key], expected[key], rtol=rtol, atol=TOLERANCE, msg=lambda text, key=key: key + text
         )
 
 
@@ -186,6 +187,9 @@ def test_two_processes_train_as_one_with_the_same_global_batch(name, one, two, s
     for part in ("network", "averager", "threshold"):
         if expected[part] is not None:
             assert_close(found[part], expected[part])
+    # Sums over thousands of pixels.
+    assert_close(found["running"], expected["running"], rtol=TOLERANCE)
+    assert expected["running"]["predicted"].any() == expected["running"]["labeled"].any() == (name == "data")
     logs = [
         [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()] for folder in (root, one)
     ]

@@ -87,6 +87,17 @@ def test_the_projection_is_frozen_where_nothing_trains_it(options, trained):
     assert [group["lr"] for group in model.parameter_groups(0.1, 10)] == [0.1, 1.0]
 
 
+def test_features_of_the_decoder_are_what_the_classifier_reads():
+    model = network(propagation_features="decoder", decoder_channels=12).eval()
+    assert model.projection is None
+    output = model(torch.rand(1, 3, 32, 32))
+    assert output.feats.shape == (1, 12, 8, 8)
+    resized = nn.functional.interpolate(model.classifier(output.feats), (32, 32), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(resized, output.logits)
+    with pytest.raises(ConfigError, match="decoder_channels: expected more than 2 for differences of order 2"):
+        make_config(TIMM | {"propagation_features": "decoder", "decoder_channels": 2})
+
+
 def test_frozen_statistics_stay():
     model = network(batch_norm="frozen").train()
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

@@ -40,10 +40,13 @@ TINY = PLAIN | {
     "evaluate_every": 1,
     "threads": 1,
 }
+DATA = {"affinity": "discriminant", "across": "data"}
 SETTINGS = {
     "eval": {"weak_mode": "eval"},
     # Anchors are drawn from torch's default generator, as dropout is.
     "train": {"weak_mode": "train", "num_anchors": 8, "average_every": "step", "evaluate_every": 2},
+    # Everything that rectification remembers.
+    "running": DATA | {"adjust": "prior", "threshold": 0.1, "threshold_momentum": 0.99, "evaluate_every": 2},
 }
 EPOCH, STEPS = 3, 8
 
@@ -455,7 +458,7 @@ DAMAGE = {
         lambda path: torch.save({"state_dict": {}, "lr": 1.0}, path),
         "found no key 'format' (but state_dict, lr)",
     ),
-    "format": (_edit(lambda values: values.update(format="other 2")), "key 'format': expected 'derprop_voc 2', found"),
+    "format": (_edit(lambda values: values.update(format="other 2")), "key 'format': expected 'derprop_voc 3', found"),
     "missing": (_edit(lambda values: values.pop("threshold")), "found no key 'threshold'"),
     "type": (_edit(lambda values: values.update(config=3)), "key 'config': expected dict, found int"),
     "network-missing": (
@@ -480,6 +483,7 @@ DAMAGE = {
         _edit(lambda values: values["optimizer"]["state"].pop(1)),
         "optimizer: momentum_buffer: key 1 is missing",
     ),
+    "running": (_edit(lambda values: values["running"].pop("predicted")), "running: key 'predicted' is missing"),
     "schedule": (_edit(lambda values: values["schedule"].pop("last_epoch")), "schedule: key 'last_epoch' is missing"),
     "random": (_edit(lambda values: values.update(random=[{"cpu": torch.zeros(3)}])), "random: does not fit: "),
 }
