@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from matplotlib.colors import ListedColormap
 
 from dlprop import DerivativeLabelPropagation
-from dlprop.affinity import Softmax
+from dlprop.affinity import Discriminant
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene
 
 torch.manual_seed(0)
@@ -30,11 +30,12 @@ logits = 2 * Y + blobs
 
 # %%
 # Features: every class has its own two of twelve channels, and noise of each pixel is added to all channels. Eq. 4
-# sums over all pixels; the softmax affinity with cosine similarity lets each pixel speak mostly to its likes.
+# sums over all pixels; the discriminant describes each class by the mean features of the pixels predicted as it, and
+# learns from the image which channels are noise.
 
 settings = {
     "Eq. 4": DerivativeLabelPropagation(),
-    "softmax, cosine": DerivativeLabelPropagation(Softmax(similarity="cosine", weights=(30.0, 30.0))),
+    "discriminant": DerivativeLabelPropagation(Discriminant()),
 }
 noise = torch.rand(1, 2 * C, *labels.shape)
 clean = Y.repeat_interleave(2, dim=1)
@@ -71,7 +72,8 @@ plt.show()
 
 # %%
 # With features that separate the classes both settings mend the blobs. With noisy ones Eq. 4 is the first to fail: the
-# part that all features share makes every pixel similar to every other, and the largest class wins.
+# part that all features share makes every pixel similar to every other, and the largest class wins. The discriminant
+# takes that part away; it fails where noise hides the classes, and then the prediction itself is better.
 
 fig, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
 for (name, values), colour in zip(curves.items(), ("#c8553d", "#2a6f97"), strict=True):

@@ -62,7 +62,7 @@ def derivative_label_propagation(
         resolution: for logits on another grid than `feats`. "feats" propagates on the grid of the features and resizes
             the result back; without a mask the logits are resized there, with one every source is shared out among the
             points beside it (the adjoint of the upsampling), and a point holds their mean. "logits" propagates with
-            upsampled features: all but the softmax and the cosine do it at the price of the features' grid.
+            upsampled features, which costs hardly more, but for the softmax and the cosine.
         align_corners: of every bilinear resize.
 
     Returns:
@@ -127,8 +127,8 @@ class DerivativeLabelPropagation(nn.Module):
     for the formulas.
 
     Example:
-        >>> from dlprop.affinity import Softmax
-        >>> propagate = DerivativeLabelPropagation(Softmax(similarity="cosine", weights=(30.0, 30.0)))
+        >>> from dlprop.affinity import Ridge
+        >>> propagate = DerivativeLabelPropagation(Ridge())
         >>> logits, feats = torch.randn(2, 21, 65, 65), torch.randn(2, 256, 33, 33)
         >>> propagate(logits, feats).shape
         torch.Size([2, 21, 65, 65])

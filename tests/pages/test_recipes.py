@@ -14,7 +14,8 @@ import torch
 from torch.export import Dim, export
 
 from dlprop import DerivativeLabelPropagation
-from dlprop.affinity import Linear, Softmax
+from dlprop.affinity import Discriminant, Linear, Ridge, Softmax
+from dlprop.statistics import ClassStatistics
 from tests.tolerances import assert_close
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ RECIPES = ROOT / "docs" / "recipes"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 # Third-party imports and ONNX take seconds, the arithmetic takes none.
-QUICK = {"clicks", "correlation_head", "edges", "frames", "new_camera", "semi_supervised"}
+QUICK = {"clicks", "correlation_head", "edges", "frames", "mmsegmentation", "new_camera", "semi_supervised"}
 PAGES = sorted(path.stem for path in RECIPES.glob("*.md") if path.stem != "index")
 MARKED = [pytest.param(page, marks=[] if page in QUICK else pytest.mark.slow) for page in PAGES]
 
@@ -140,19 +141,88 @@ def test_the_correlation_head_trains_both_projections():
         assert tensor.grad.abs().sum() > 0
 
 
+# Of each page the blocks that one adds to code with a model, and the layer that reads the features.
+IN_OTHER_CODE = {
+    "torchvision": (slice(1, 2), lambda recipe: recipe["model"].classifier[-1]),
+    "segmentation_models_pytorch": (slice(1, 2), lambda recipe: recipe["model"].segmentation_head[0]),
+    "transformers": (slice(1, 2), lambda recipe: recipe["model"].decode_head.classifier),
+    "mmsegmentation": (slice(0, 2), lambda recipe: recipe["segmentor"].decode_head.conv_seg),
+    "patch_features": (slice(2, 3), None),
+}
+
+
+@pytest.mark.parametrize("page", IN_OTHER_CODE)
+def test_what_is_added_to_other_code_has_under_twenty_lines(page):
+    added = "".join(blocks(page)[IN_OTHER_CODE[page][0]]).split("\nassert ")[0].splitlines()
+    lines = [line for line in added if line.strip() and not line.startswith(("import ", "from "))]
+    assert 0 < len(lines) < 20
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("page", "weight"),
-    [
-        ("segmentation_models_pytorch", lambda recipe: recipe["projection"].weight),
-        ("transformers", lambda recipe: recipe["model"].decode_head.linear_fuse.weight),
-    ],
-)
-def test_the_pair_loss_of_a_model_reaches_its_features(page, weight):
+@pytest.mark.parametrize("page", ["torchvision", "segmentation_models_pytorch", "transformers"])
+def test_the_features_are_what_the_classifier_reads(page):
     recipe = run(page)
-    recipe["model"](recipe["images"])
-    loss = recipe["pair_loss"](recipe["feats"]["V"], recipe["labels"])
-    assert torch.autograd.grad(loss, weight(recipe))[0].abs().sum() > 0
+    images, calls = torch.rand(1, 3, 64, 64), []
+    layer = IN_OTHER_CODE[page][1](recipe)
+    handle = layer.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], output)))
+    recipe["model"].eval()
+    with torch.no_grad():
+        recipe["model"](images)
+        handle.remove()
+        ((read, given),) = calls
+        assert recipe["feats"]["V"] is read
+        torch.testing.assert_close(layer(read), given)
+
+
+@pytest.mark.slow
+def test_the_grids_of_a_model_meet_as_its_page_says():
+    """`align_corners` of a page is that of the model: an upsampled ramp stays one only as the model does it."""
+    ramp = torch.arange(4.0).expand(1, 5, 4, 4)
+    head = run("segmentation_models_pytorch")["model"].segmentation_head
+    expected = torch.nn.functional.interpolate(ramp, scale_factor=4, mode="bilinear", align_corners=True)
+    torch.testing.assert_close(head[1](ramp), expected)
+
+    recipe, taken = run("torchvision"), []
+    handle = recipe["model"].classifier.register_forward_hook(lambda module, inputs, output: taken.append(output))
+    with torch.no_grad():
+        logits = recipe["model"](torch.rand(1, 3, 65, 65))["out"]
+    handle.remove()
+    assert recipe["propagate"].align_corners is False
+    expected = torch.nn.functional.interpolate(taken[0], (65, 65), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("confident", [0.0, 1.1])
+def test_confident_pseudo_labels_train_the_network(confident, monkeypatch):
+    recipe = run("segmentation_models_pytorch")
+    monkeypatch.setitem(recipe, "confident", confident)
+    images, labels, model = torch.rand(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.long), recipe["model"].eval()
+    supervised = torch.nn.functional.cross_entropy(model(images), labels)
+    of_unlabelled = recipe["training_loss"](images, labels, images, 1 - images, 1.0) - supervised
+    (grad,) = torch.autograd.grad(of_unlabelled, model.encoder.conv1.weight)
+    assert (grad.abs().sum() > 1e-3) == (confident < 1)
+
+
+@pytest.mark.slow
+def test_clicks_correct_the_maps_of_a_transformer_as_they_are():
+    recipe, complete = run("transformers"), run("clicks")["complete"]
+    labels = torch.full((16, 16), 255)
+    labels[2, 3], labels[12, 9] = 4, 0
+    with torch.no_grad():
+        logits = recipe["model"](pixel_values=torch.rand(1, 3, 64, 64)).logits
+        corrected = complete(logits, recipe["feats"]["V"], labels)
+    assert corrected[0, :, 2, 3].argmax() == 4
+    assert corrected[0, :, 12, 9].argmax() == 0
+
+
+def test_padding_does_not_change_what_is_inside():
+    refine = run("mmsegmentation")["refine"]
+    logits, feats = torch.randn(2, 5, 24, 32), torch.randn(2, 8, 24, 32)
+    inside = torch.zeros(2, 24, 32, dtype=torch.bool)
+    inside[:, :20, :28] = True
+    cropped = refine(logits[:, :, :20, :28], feats[:, :, :20, :28])
+    torch.testing.assert_close(refine(logits, feats, inside=inside)[:, :, :20, :28], cropped, rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_frame_receives_are_probabilities():
@@ -162,12 +232,24 @@ def test_what_a_frame_receives_are_probabilities():
         assert (probabilities >= 0).all()
 
 
-def test_the_statistics_of_a_new_camera_hold_the_confident_pixels():
+def test_a_batch_of_a_new_camera_is_judged_by_its_statistics():
+    """`across="batch"` counts every image once; statistics of the folder and an image of it count that image twice."""
     recipe = run("new_camera")
+    images = recipe["folder"][0]
     with torch.no_grad():
-        logits = recipe["head"](recipe["backbone"](torch.cat(recipe["folder"])))
-    confident = (logits.softmax(1).amax(1) > 0.2).sum()
-    torch.testing.assert_close(recipe["statistics"].counts.sum(), confident.double(), rtol=1e-6, atol=0)
+        feats = recipe["backbone"](images)
+        logits = recipe["head"](feats)
+        others = ClassStatistics(num_classes=5, channels=32)
+        others.update(logits[1:], feats[1:])
+        alone = DerivativeLabelPropagation(Discriminant(statistics=others))(logits[:1], feats[:1])
+        together = DerivativeLabelPropagation(Discriminant(across="batch"))(logits, feats)
+    assert_close(together[:1], alone.double(), "propagation")
+
+
+def test_the_statistics_of_a_new_camera_hold_every_pixel_of_the_folder():
+    recipe = run("new_camera")
+    pixels = sum(recipe["backbone"](images)[:, 0].numel() for images in recipe["folder"])
+    torch.testing.assert_close(recipe["statistics"].counts.sum().item(), float(pixels), rtol=1e-6, atol=0)
 
 
 def export_propagation(affinity, resolution="feats"):
@@ -202,7 +284,8 @@ def test_every_linear_propagation_goes_to_onnx(affinity, resolution):
 
 
 @pytest.mark.slow
-def test_the_softmax_affinity_does_not_go_to_onnx():
-    _, program = export_propagation(Softmax())
+@pytest.mark.parametrize("affinity", [Softmax(), Ridge(), Discriminant()], ids=lambda affinity: type(affinity).__name__)
+def test_other_affinities_do_not_go_to_onnx(affinity):
+    _, program = export_propagation(affinity)
     with pytest.raises(torch.onnx.OnnxExporterError):
         torch.onnx.export(program, dynamo=True, verbose=False)
