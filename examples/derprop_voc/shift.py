@@ -192,7 +192,7 @@ def add_shift_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", default="", metavar="FOLDER", help="a folder in VOC layout (default: each run's own data set)"
     )
-    parser.add_argument("--map", type=Path, metavar="YAML", help="of classes, see configs/camvid_to_idd.yaml")
+    parser.add_argument("--map", type=Path, metavar="YAML", help="of classes, see configs/maps/camvid_to_idd.yaml")
     parser.add_argument(
         "--image-size", type=int, nargs=2, default=[], metavar=("H", "W"), help="working size (default: the run's)"
     )

@@ -41,7 +41,7 @@ def test_probabilities_and_masks_are_mapped_as_by_hand():
 
 
 def test_the_map_of_camvid_to_idd_names_every_class():
-    values = read_yaml(command.Path(command.__file__).parent / "configs" / "camvid_to_idd.yaml")
+    values = read_yaml(command.Path(command.__file__).parent / "configs" / "maps" / "camvid_to_idd.yaml")
     camvid = read_yaml(command.Path(command.__file__).parent / "configs" / "camvid_frozen.yaml")["class_names"]
     target = ("drivable", "non-drivable", "living thing", "vehicle", "roadside object", "far object", "sky")
     classes = make_map(values, camvid, target)
