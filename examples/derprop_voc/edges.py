@@ -40,7 +40,7 @@ START = "bilinear P"  # what every method is compared with
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
-    """Scores averaged over a window of like colours, again and again; the defaults were chosen on CamVid.
+    """Scores averaged over a window of like colours, again and again; the defaults are near the best on CamVid.
 
     Args:
         sigma: of the Gaussian over colours, as a multiple of `deviation`.
