@@ -9,7 +9,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from dlprop.affinity import Affinity, Linear, Softmax
 from dlprop.statistics import ClassStatistics
 
 OURS, PLAIN, COMPILED = "dlprop", "plain PyTorch", "plain PyTorch, compiled"
+PLAIN_HIGHEST = "plain PyTorch at `highest`"
 PRODUCTS, THREE_PRODUCTS = "its two matrix products", "its three matrix products"
 MATRIX = "Eq. 4 as an M x M matrix"
 BARE_PRODUCT = "the bare product `V V^T`"
@@ -437,6 +438,29 @@ def loss_view(p: Problem) -> Variants:
     loss, plain = DerivativeLoss(eta=p.eta), partial(plain_loss, eta=p.eta)
     bound = {SAME_OPERATIONS: step(lambda: a @ b, kind="bound")}
     return compared(loss, plain, (feats, view), feats, needs=6 * p.matrix_bytes) | bound
+
+
+def loss_view_medium(p: Problem) -> Variants:
+    """The same with products of float32 in bfloat16, for ours and the plain formula, beside both without."""
+    found = loss_view(p)
+
+    def at_medium(variant: Variant, kind: Kind) -> Variant:
+        def run() -> tuple[Tensor, ...]:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("medium")
+            try:
+                return variant.run()
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+        return replace(variant, run=run, kind=kind)
+
+    return {
+        OURS: at_medium(found[OURS], "ours"),
+        PLAIN: at_medium(found[PLAIN], "related"),
+        "dlprop at `highest`": replace(found[OURS], kind="related"),
+        PLAIN_HIGHEST: replace(found[PLAIN], kind="related"),
+    }
 
 
 def loss_labels(p: Problem) -> Variants:

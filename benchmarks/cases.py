@@ -17,6 +17,7 @@ from .builders import (
     ONE_PRODUCT_PER_ORDER,
     OURS,
     PLAIN,
+    PLAIN_HIGHEST,
     PRODUCTS,
     SAME_OPERATIONS,
     THREE_PRODUCTS,
@@ -231,6 +232,13 @@ CASES: dict[str, Case] = {
         without=(SAME_OPERATIONS,),
         tolerance=KINKS,
     ),
+    "loss_view_129_medium": Case(
+        "loss against a view at `medium`, 129 x 129",
+        builders.loss_view_medium,
+        square(129),
+        (Target("speedup", 8, PLAIN_HIGHEST),),
+        is_quick=False,
+    ),
     "loss_labels_81": Case(
         "loss against labels, 81 x 81",
         builders.loss_labels,
@@ -287,7 +295,7 @@ CASES: dict[str, Case] = {
 }
 
 # Cases that came after the last whole run.
-NEWER = ("attention_81", "clicks_360", "window_512")
+NEWER = ("attention_81", "clicks_360", "window_512", "loss_view_129_medium")
 
 # Results at 41 x 41 are compared with those in float64.
 ACCURACY = (
@@ -295,6 +303,7 @@ ACCURACY = (
     "softmax_81",
     "discriminant_129",
     "loss_view_81",
+    "loss_view_129_medium",
     "loss_labels_81",
     "squared_321",
 )

@@ -45,7 +45,7 @@ class Effort:
 
 
 # Six rounds are the fewest whose extremes hold the median with the confidence above.
-EFFORTS = {"quick": Effort(3, 15, 8.0), "full": Effort(6, 60, 15.0)}
+EFFORTS = {"quick": Effort(3, 15, 8.0), "full": Effort(6, 60, 60.0)}
 
 
 def rounds(

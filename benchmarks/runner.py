@@ -51,7 +51,10 @@ def run(name: str, settings: Settings) -> Entry:
     names = {variant for variant, _ in runs}
     targets = [t for t in case.targets if {t.of, t.against or t.of} <= names]
     watched = [t for t in targets if t.measure not in ("peak", "memory slope")]
-    if not watched and not case.edges and PLAIN in names:
+    if case.edges:
+        several = (v for v in (OURS, PLAIN) if sum(variant == v for variant, _ in runs) > 1)
+        watched = [Target("time slope", 0, of=variant) for variant in several]
+    elif not watched and PLAIN in names:
         watched = [Target("speedup", 0, PLAIN)]
     effort = measure.EFFORTS[settings.mode]
     rounds, widest = measure.rounds(runs, taken, [partial(figure, t) for t in watched], settings.device, effort)

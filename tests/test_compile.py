@@ -196,6 +196,17 @@ def quick(names, *chosen):
     )
 
 
+# The kernels and gradients of these are those of other cases: their graphs are captured and run, but not traced through
+# autograd once more, which takes two thirds of the time.
+CAPTURED = {
+    *("derivative_similarity cosine", "derivative_similarity query"),
+    *("propagation degree", "propagation cosine", "propagation full resolution cosine", "propagation to targets"),
+    *("propagation softmax full resolution", "propagation of a user", "propagation of a user full resolution"),
+    *("loss label grid", "loss label grid without corners", "loss mask", "loss frobenius features"),
+    "loss anchors features",
+}
+
+
 @quick(
     CASES,
     *("derivative_similarity", "propagation", "propagation softmax", "loss labels", "loss features"),
@@ -203,7 +214,7 @@ def quick(names, *chosen):
 )
 def test_compiles_into_one_graph_without_a_recompile_per_size(name):
     function, arguments = CASES[name]
-    compilations = CompileCounterWithBackend("aot_eager")
+    compilations = CompileCounterWithBackend("eager" if name in CAPTURED else "aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=compilations)
     for seen, size in enumerate(SIZES):
         _assert_same(_run(compiled, arguments(size)), _run(function, arguments(size)))
@@ -298,7 +309,7 @@ def test_a_changing_ramp_does_not_recompile():
 def test_a_compiled_loss_cannot_be_differentiated_twice():
     feats = _feats(SIZES[0]).requires_grad_()
     value = torch.compile(DerivativeLoss(), fullgraph=True, backend="aot_eager")(feats, _labels(SIZES[0]))
-    with pytest.raises(RuntimeError, match=r"twice|double backward|not have been used"):
+    with pytest.raises(RuntimeError, match=r"twice|double backward|not have been used|does not require grad"):
         torch.autograd.grad(torch.autograd.grad(value, feats, create_graph=True)[0].sum(), feats)
 
 
@@ -331,13 +342,14 @@ def _has_cpp_compiler():
 @pytest.mark.slow
 @pytest.mark.skipif(not _has_cpp_compiler(), reason="inductor needs a C++ compiler")
 def test_inductor():
-    softmax, loss = DerivativeLabelPropagation("softmax"), DerivativeLoss()
+    """Both kinds of ops between code that inductor writes, with gradients; every file it writes takes seconds."""
+    softmax, loss = DerivativeLabelPropagation(Softmax(weights=(1.0,))), DerivativeLoss(max_order=0, eta=0.0)
 
     def step(logits, feats, labels):
         return softmax(logits, feats).square().mean() + loss(feats, labels)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for size in SIZES[:2]:
+    for size in SIZES[2:4]:  # the first has no two axes alike, so that it is compiled once
         arguments = [_logits(size), _feats(size), _labels(size)]
         _assert_same(_run(compiled, arguments), _run(step, arguments))
 
@@ -345,11 +357,12 @@ def test_inductor():
 # ---------------------------------------------------------------------------------------------------------------------
 # torch.export
 
-N_, H_, W_ = Dim("N", min=2), Dim("H", min=2), Dim("W", min=2)
+# With a largest size: without one torch 2.6 finds that it must not be the largest integer.
+N_, H_, W_, HEIGHT, WIDTH = (Dim(name, min=2, max=4096) for name in ("N", "H", "W", "height", "width"))
 FEATS = {0: N_, 2: H_, 3: W_}
 LABELS = {0: N_, 1: H_, 2: W_}
-ANY_GRID = {0: N_, 2: Dim("height", min=2), 3: Dim("width", min=2)}
-ANY_LABEL_GRID = {0: N_, 1: Dim("height", min=2), 2: Dim("width", min=2)}
+ANY_GRID = {0: N_, 2: HEIGHT, 3: WIDTH}
+ANY_LABEL_GRID = {0: N_, 1: HEIGHT, 2: WIDTH}
 
 EXPORTS = {
     "linear": (DerivativeLabelPropagation(), lambda s: [_logits(s), _feats(s)], (FEATS, FEATS)),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dlprop
+from dlprop._kernels import residuals
 from dlprop.affinity import Pixels, Softmax
 from tests import propagation_cases
 from tests.kernel_cases import affinity_inputs, normal
@@ -179,6 +180,17 @@ def _matrix():
         assert error < bound, f"propagation: error {error}"
 
 
+def _bfloat16():
+    """Residuals of positive views in 8 and in 16 bits, of themselves."""
+    (a, g), (c, h) = ((v, v + 0.01 * normal(2, m, 6, seed=m)) for m in (9, 7) for v in [normal(2, m, 6).abs() + 3])
+    wanted = a @ c.mT - g @ h.mT
+    views = [tuple(x.float() for x in view) for view in ((a, g), (c, h))]
+    for pieces, bits in ((1, 8), (2, 16)):
+        left, right = residuals.bfloat16_factors(*views, pieces)
+        error = (left.double() @ right.double().mT - wanted).norm() / wanted.norm()
+        assert error < 2.0**-bits, f"loss: error {error}"
+
+
 CASES = {
     "labels": lambda: _pairs("labels"),
     "features": lambda: _pairs("features"),
@@ -208,6 +220,7 @@ CASES = {
     "counts": _counts,
     "far from the origin": _far_from_the_origin,
     "matrix": _matrix,
+    "bfloat16": _bfloat16,
 }
 PAIRS = ["labels", "features"]
 ANCHORS = ["anchors, labels", "anchors, features"]
@@ -216,46 +229,46 @@ ANCHORS = ["anchors, labels", "anchors, features"]
 # What is wrong: for each module the right text, which occurs once, the wrong one, and the cases that notice
 
 TILED = {
-    "target added": ("alpha=-1)", "alpha=1)", ["features", "anchors, features"]),
-    "labels added": ("R -= (g[:, None]", "R += (g[:, None]", ["labels", "anchors, labels"]),
     "off the diagonal once": ("(1 if i == j else 2)", "1", PAIRS),
     "on the diagonal twice": ("(1 if i == j else 2)", "2", PAIRS),
     "both halves, and twice": ("in blocks[p:]", "in blocks", PAIRS),
-    "residual for its sign": ("R.sign_()\n                    grad[n, i]", "grad[n, i]", PAIRS),
+    "residual for its sign": ("R.sign_()\n                    _add_product(grad[", "_add_product(grad[", PAIRS),
     "sign of the gradient": (
-        "grad[n, i].addmm_(R, rows[n, j], alpha=2)",
-        "grad[n, i].addmm_(R, rows[n, j], alpha=-2)",
+        "_add_product(grad[n, i], R, features[n, j], alpha=2)",
+        "_add_product(grad[n, i], R, features[n, j], alpha=-2)",
         PAIRS,
     ),
-    "gradient of one role": ("grad[n, i].addmm_(R, rows[n, j], alpha=2)", "grad[n, i].addmm_(R, rows[n, j])", PAIRS),
-    "gradient overwritten": ("grad[n, i].addmm_(R, rows[n, j]", "grad[n, i].zero_().addmm_(R, rows[n, j]", PAIRS),
+    "gradient of one role": ("R, features[n, j], alpha=2)", "R, features[n, j])", PAIRS),
+    "gradient overwritten": ("(grad[n, i], R,", "(grad[n, i].zero_(), R,", PAIRS),
     "gradient of one block of rows": ("if i != j:", "if False:", PAIRS),
     "the diagonal's gradient in both blocks": ("if i != j:", "if True:", PAIRS),
     "transposed block": (
-        "grad[n, j].addmm_(R.T, rows[n, i], alpha=2)",
-        "grad[n, j].addmm_(R.T.flip(1), rows[n, i], alpha=2)",
+        "(grad[n, j], R.T, features[n, i], alpha=2)",
+        "(grad[n, j], R.T.flip(1), features[n, i], alpha=2)",
         PAIRS,
     ),
-    "another image's gradient": ("grad[n, j].addmm_(R.T", "grad[0, j].addmm_(R.T", PAIRS),
-    "another image's target": ("target[n, i], columns[n, j]", "target[n, i], columns[0, j]", PAIRS),
+    "another image's gradient": ("(grad[n, j], R.T", "(grad[0, j], R.T", PAIRS),
     "ragged last tile dropped": (
         "range(0, M, tile)]",
         "range(0, M - tile + 1, tile)]",
         [*PAIRS, *ANCHORS, "softmax gradients"],
     ),
     "tiles overlap": ("slice(i, min(i + tile, M))", "slice(i, min(i + tile + 1, M))", [*PAIRS, *ANCHORS]),
-    "ignored label equal to itself": ("target < 0, -2,", "target < 0, -1,", ["labels", "anchors, labels"]),
     "transposed block of the anchors": (
-        "grad_columns[n, k].addmm_(R.T,",
-        "grad_columns[n, k].addmm_(R.T.flip(1),",
+        "(grad_columns[n, k], R.T,",
+        "(grad_columns[n, k], R.T.flip(1),",
         ANCHORS,
     ),
     "anchors without gradient": (
-        "grad_columns[n, k].addmm_(R.T, rows[n, i])",
-        "grad_columns[n, k].addmm_(R.T, rows[n, i], alpha=0)",
+        "(grad_columns[n, k], R.T, features[n, i])",
+        "(grad_columns[n, k], R.T, features[n, i], alpha=0)",
         ANCHORS,
     ),
-    "residual of the anchors for its sign": ("R.sign_()\n                    grad_rows", "grad_rows", ANCHORS),
+    "residual of the anchors for its sign": (
+        "R.sign_()\n                    _add_product(grad_rows",
+        "_add_product(grad_rows",
+        ANCHORS,
+    ),
     "log-sum-exp factor": ("(earlier - top).exp_() for", "torch.ones_like(top) for", ["softmax gradients"]),
     "sums not rescaled": ("x * factor for x", "x for x", ["softmax gradients"]),
     "log-sum-exp without its largest": (
@@ -283,7 +296,7 @@ TILED = {
         "for i in _blocks(M, chunk, keys)[1:]:\n            rows",
         ["attention", "attention gradients"],
     ),
-    "bias forgotten": ("        out += bias", "        pass", ["softmax gradients", "attention gradients", "counts"]),
+    "bias forgotten": ("out += bias[n, j]", "pass", ["softmax gradients", "attention gradients", "counts"]),
     "largest entry of one tile": (
         "torch.maximum(top, P.amax(dim=1, keepdim=True))\n            P.sub_(highest)",
         "P.amax(dim=1, keepdim=True)\n            P.sub_(highest)",
@@ -318,38 +331,63 @@ TILED = {
     "row sum of another size": ("row_sum = (logits[n, i] *", "row_sum = (2 * logits[n, i] *", ["softmax gradients"]),
     "gradient of the last chunk's keys": (
         ".sub_(row_sum))",
-        ".sub_(row_sum))\n            grad_keys[n, j] = 0",
+        ".sub_(row_sum))\n            gradients.keys[n, j] = 0",
         ["softmax gradients"],
     ),
     "gradient of the last tile's queries": (
         ".sub_(row_sum))",
-        ".sub_(row_sum))\n            grad_queries[n, i] = 0",
+        ".sub_(row_sum))\n            gradients.queries[n, i] = 0",
         ["softmax gradients"],
     ),
     "gradient of the last chunk's bias": (
         ".sub_(row_sum))",
-        ".sub_(row_sum))\n            grad_bias[n, j] = 0",
+        ".sub_(row_sum))\n            gradients.bias[n, j] = 0",
         ["softmax gradients"],
     ),
     "gradient of the last targets' sources": (
         ".sub_(row_sums[n, i]))",
-        ".sub_(row_sums[n, i]))\n            grad_keys[n, j] = 0",
+        ".sub_(row_sums[n, i]))\n                gradients.keys[n, j] = 0",
         ["attention gradients"],
     ),
     "gradient of the last sources' targets": (
         ".sub_(row_sums[n, i]))",
-        ".sub_(row_sums[n, i]))\n            grad_queries[n, i] = 0",
+        ".sub_(row_sums[n, i]))\n                gradients.queries[n, i] = 0",
         ["attention gradients"],
     ),
     "gradient of the last targets' bias": (
         ".sub_(row_sums[n, i]))",
-        ".sub_(row_sums[n, i]))\n            grad_bias[n, j] = 0",
+        ".sub_(row_sums[n, i]))\n                gradients.bias[n, j] = 0",
         ["attention gradients"],
     ),
     "gradient of the last tile's logits": (
         "grad_logits[n, i].addmm_(",
         "grad_logits[n, i].zero_().addmm_(",
         ["softmax gradients"],
+    ),
+}
+RESIDUALS = {
+    "target added": ("alpha=-1)", "alpha=1)", ["features", "anchors, features"]),
+    "labels added": ("R -= (g[:, None]", "R += (g[:, None]", ["labels", "anchors, labels"]),
+    "another image's target": (
+        "self.target[n, i], self.column_target[n, k]",
+        "self.target[n, i], self.column_target[0, k]",
+        [*PAIRS, *ANCHORS],
+    ),
+    "ignored label equal to itself": ("target < 0, -2,", "target < 0, -1,", ["labels", "anchors, labels"]),
+    "features for differences": ("e, s = features - target,", "e, s = features,", ["bfloat16"]),
+    "sum for the mean of the views": ("(features + target) / 2 - m", "(features + target) - m", ["bfloat16"]),
+    "common part forgotten": (
+        "torch.cat((e, leading, of_m - leading)",
+        "torch.cat((e, leading, leading)",
+        ["bfloat16"],
+    ),
+    "common part left in": ("(features + target) / 2 - m", "(features + target) / 2", ["bfloat16"]),
+    "left factor twice": ("right[:, :, width:]", "right[:, :, : 2 * width]", ["bfloat16"]),
+    "rest of the differences forgotten": ("e_piece, e_rest.bfloat16())", "e_piece, 0 * e_piece)", ["bfloat16"]),
+    "pieces in another order": (
+        "(s_piece, s_rest.bfloat16(), s_piece)",
+        "(s_piece, s_piece, s_rest.bfloat16())",
+        ["bfloat16"],
     ),
 }
 LOSS = {
@@ -389,8 +427,12 @@ LOSS = {
     "targets of other pixels": ("_at(anchors, g))", "_at(anchors.flip(1), g))", ANCHORS),
 }
 WINDOW = {
-    "bias forgotten": ("part += bias[source][0]", "pass", ["window", "window gradients", "counts"]),
-    "bias of the target": ("part += bias[source][0]", "part += bias[at][0]", ["window gradients", "counts"]),
+    "bias forgotten": ("part += compared.bias[n][source][0]", "pass", ["window", "window gradients", "counts"]),
+    "bias of the target": (
+        "part += compared.bias[n][source][0]",
+        "part += compared.bias[n][at][0]",
+        ["window gradients", "counts"],
+    ),
     "what lies beyond the border counts": (
         "queries.shape[2]), -torch.inf)",
         "queries.shape[2]), 0.0)",
@@ -431,13 +473,13 @@ WINDOW = {
         ["window gradients"],
     ),
     "gradient of the keys at the target": (
-        "grad_keys[n][source].addcmul_",
-        "grad_keys[n][at].addcmul_",
+        "gradients.keys[n][source].addcmul_",
+        "gradients.keys[n][at].addcmul_",
         ["window gradients"],
     ),
     "gradient of the bias of the first image": (
-        "grad_bias[n][source] +=",
-        "grad_bias[0][source] +=",
+        "gradients.bias[n][source] +=",
+        "gradients.bias[0][source] +=",
         ["window gradients"],
     ),
     "row sums forgotten": (" - (grad[n, :, rows] * out[n, :, rows]).sum(dim=0)", "", ["window gradients"]),
@@ -566,6 +608,7 @@ FEATURES = {
 }
 MUTANTS = {
     "_kernels.tiled": TILED,
+    "_kernels.residuals": RESIDUALS,
     "_kernels.window": WINDOW,
     "loss": LOSS,
     "affinity.linear": LINEAR,

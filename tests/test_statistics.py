@@ -388,7 +388,7 @@ def test_other_statistics_are_refused():
 
 def test_decay_and_reset():
     own, more = updated(*draw(0, 7)), updated(*draw(1, 5))
-    mean = own.statistics.mean
+    mean = own.statistics.mean()
     wanted = oracle.together(
         [
             oracle.Statistics(*(0.25 * x.numpy() for x in own.buffers())),
@@ -396,7 +396,7 @@ def test_decay_and_reset():
         ]
     )
     own.decay(0.25)
-    assert_close(own.statistics.mean, mean.numpy(), "classifier")
+    assert_close(own.statistics.mean(), mean.numpy(), "classifier")
     own.merge(more)
     assert_statistics(own.statistics, wanted)
     own.decay(1)
@@ -650,8 +650,9 @@ UPDATES = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize("dtype", ["torch.float32", "torch.float16"])
-@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("update", "torch.float32"), *((name, "torch.float16") for name in UPDATES)]
+)
 def test_memory_beyond_the_inputs(name, dtype):
     """A copy of the features, 2^20 pixels of 64 channels, would take 256 MiB, one of the logits 84."""
     script = MEASURE.format(edge=1024, dtype=dtype, call=UPDATES[name])

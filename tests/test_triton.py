@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dlprop import DerivativeLabelPropagation, DerivativeLoss, _ops
+from dlprop._kernels.compared import Compared, Needed
 from dlprop.affinity import Softmax
 
 ROOT = Path(__file__).parents[1]
@@ -108,8 +109,8 @@ def test_the_kernels_compile(compiled):
     rows, logits = torch.rand(1, 40, 64), torch.rand(1, 40, 16)
     kernels.pairwise_l1(rows, torch.zeros(1, 40, dtype=torch.int32), None, True)
     kernels.pairwise_l1(rows, rows, None, True)
-    _, lse = kernels.softmax_affinity(logits, rows, rows, None, None)
-    kernels.softmax_affinity_backward(logits, logits, rows, rows, None, lse, None, True, True, False)
+    _, lse = kernels.softmax_affinity(logits, Compared(rows, rows), None)
+    kernels.softmax_affinity_backward(logits, logits, Compared(rows, rows), lse, None, Needed(True, True, False))
     instruction, memory = GPUS[capability]
     assert len(results) == 7
     for result in results:

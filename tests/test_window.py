@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlprop import DerivativeLabelPropagation
 from dlprop._kernels import window as kernels
+from dlprop._kernels.compared import Compared, Needed
 from dlprop.affinity import Pixels, Softmax
 
 from .oracles import features
@@ -511,11 +512,11 @@ class Largest(TorchDispatchMode):
 def test_nothing_is_larger_than_the_image():
     """O(M C), forward and backward: of radius 3 the neighbours of the image take 49 times its size."""
     logits, queries, keys, grad = (torch.randn(1, k, 200, 300) for k in (6, 4, 4, 6))
-    bias = torch.randn(1, 1, 200, 300)
+    compared = Compared(queries, keys, torch.randn(1, 1, 200, 300))
     offsets = [step for offset in itertools.product(range(-3, 4), repeat=2) for step in offset]
     with Largest() as largest:
-        out, lse = kernels.window_affinity(logits, queries, keys, bias, offsets)
-        kernels.window_affinity_backward(grad, logits, queries, keys, bias, out, lse, offsets, True, True, True)
+        out, lse = kernels.window_affinity(logits, compared, offsets)
+        kernels.window_affinity_backward(grad, logits, compared, out, lse, offsets, Needed(True, True, True))
     assert largest.numbers == logits.numel()
 
 

@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def real(name: str, value: Any, minimum: float = -math.inf, maximum: float = mat
 
 def choice(name: str, value: Any, kind: Any) -> Any:
     """Return ``value`` if it is one of those that the `Literal` type ``kind`` lists."""
-    options = get_args(kind)
+    options = kind.__args__  # not get_args, into which torch.compile of torch 2.6 does not look
     if not (value is None or isinstance(value, str)):
         raise TypeError(f"{name} must be one of {options}, got {type(value).__name__} {value!r}")
     if value not in options:

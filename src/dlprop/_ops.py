@@ -18,6 +18,7 @@ from torch.library import define, impl, register_autograd, register_fake, regist
 
 from ._checks import transforms_active
 from ._kernels import window as _window
+from ._kernels.compared import Compared, Needed
 from ._precision import exact
 
 Backend = Literal["auto", "tiled", "triton"]
@@ -188,27 +189,30 @@ def pairwise_l1(
 
 
 def _softmax_affinity(
-    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, over_sources: bool, *options: Any
+    logits: Tensor, compared: Compared, over_sources: bool, chunk: int | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    chunk, backend = options
+    queries, keys, bias = compared
     kernels = _kernels(backend, queries)
     logits, keys = logits.contiguous(), keys.contiguous()
     if over_sources:  # keys are rows for all queries; these are read once, in whatever order they lie
-        out, lse = kernels.attention(logits, queries, keys, bias, chunk)
+        out, lse = kernels.attention(logits, Compared(queries, keys, bias), chunk)
     else:
-        out, lse = kernels.softmax_affinity(logits, queries.contiguous(), keys, bias, chunk)
+        out, lse = kernels.softmax_affinity(logits, Compared(queries.contiguous(), keys, bias), chunk)
     return out.contiguous(), lse
 
 
-def _softmax_affinity_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    grad, logits, queries, keys, bias, out, lse, over_sources, chunk, backend, *need = args
-    kernels = _kernels(backend, queries)
-    pixels = (*(x.contiguous() for x in (grad, logits, queries, keys)), bias)
+def _softmax_affinity_backward(
+    grad: Tensor, logits: Tensor, compared: Compared, out: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor | None, ...]:
+    over_sources, chunk, backend, needed = options
+    kernels = _kernels(backend, grad)
+    grad, logits, queries, keys = (x.contiguous() for x in (grad, logits, *compared[:2]))
+    compared = Compared(queries, keys, compared.bias)
     grads: tuple[Tensor | None, ...]
     if over_sources:
-        grads = kernels.attention_backward(*pixels, out, lse, chunk, *need)
+        grads = kernels.attention_backward(grad, logits, compared, out, lse, chunk, needed)
     else:
-        grads = kernels.softmax_affinity_backward(*pixels, lse, chunk, *need)
+        grads = kernels.softmax_affinity_backward(grad, logits, compared, lse, chunk, needed)
     return grads
 
 
@@ -253,13 +257,14 @@ def _define_affinity(name: str, options: str, forward: Any, backward: Any, fake:
         tags=tag,
     )
 
-    def run(*args: Any) -> Any:
-        with exact(args[0]):
-            return forward(*args)
+    def run(logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, *options: Any) -> Any:
+        with exact(logits):
+            return forward(logits, Compared(queries, keys, bias), *options)
 
-    def run_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    def run_backward(grad: Tensor, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        compared, rest, needed = Compared(*args[:3]), args[3:-3], Needed(*args[-3:])
         with exact(grad):
-            grads = backward(grad, *args)
+            grads = backward(grad, logits, compared, *rest, needed)
         return tuple(grad.new_empty(0) if g is None else g.contiguous() for g in grads)
 
     def fake_backward(grad: Tensor, logits: Tensor, queries: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -1,7 +1,11 @@
-"""The one place that knows autocast, float32 and TF32: norms, sums and products are computed in at least float32."""
+"""The one place that knows autocast and torch's settings for float32 products.
+
+Norms, sums and, unless such a setting allows less, products are computed in at least float32.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +38,26 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def allows_tf32() -> bool:
     """Whether torch's own float32 products on CUDA may have the 11 bits of TF32."""
+    return _of_products(torch.backends.cuda) in ("tf32", "bf16")
+
+
+def bfloat16_pieces(x: Tensor) -> int:
+    """How many bfloat16 numbers may stand for a float32 in products on the device of ``x``; 0: it stays as it is.
+
+    "medium" allows one, on CPUs where torch takes it for its own products too. "high" allows two, which have 16 bits,
+    where the processor multiplies tiles of matrices: elsewhere three products of pieces take longer than one whole.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return 0
+    setting = _of_products(torch.backends.mkldnn)
+    if setting == "bf16":
+        return int(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return 2 if setting == "tf32" and torch.cpu._is_amx_tile_supported() else 0
+
+
+def _of_products(backend: Any) -> str:
+    """Torch's setting for float32 products of ``backend``, in its newer words: "bf16", "tf32", or exact ones."""
     # The newer of torch's two settings first: once it has been used, reading the older one may raise.
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    return torch.get_float32_matmul_precision() != "highest" if setting is None else bool(setting == "tf32")
+    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    older = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
+    return older[torch.get_float32_matmul_precision()] if setting is None else str(setting)

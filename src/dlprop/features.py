@@ -60,7 +60,7 @@ def normalize_features(x: Tensor, normalize: Normalize, dim: int = 1) -> Tensor:
     return x * inverse_norm(x, 1 if normalize == "l1" else 2, dim)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch.compile of torch 2.6 to 2.8 cannot call those
 class Upsampling:
     """The bilinear resize `U` from the grid of the features to that of the logits, without antialias, and its adjoint.
 
@@ -210,6 +210,8 @@ def sample_nearest(x: Tensor, size: Sequence[int], align_corners: bool) -> Tenso
     """Labels or a mask (N, H, W) at the points of the feature grid ``size``."""
     if tuple(x.shape[1:]) == tuple(size):
         return x
+    if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch 2.6 to 2.8 cannot index them
+        x = x.long()
     rows = nearest_rows(x.shape[1], size[0], align_corners, x.device)
     columns = nearest_rows(x.shape[2], size[1], align_corners, x.device)
     return x[:, rows[:, None], columns]

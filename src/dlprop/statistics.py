@@ -171,8 +171,8 @@ class ClassStatistics(nn.Module):
         counts, sums = own.counts.clone(), own.sums.clone()
         for x in (counts, sums):
             dist.all_reduce(x, group=group)
-        gap = own.mean - Statistics(counts, sums, own.second).mean
-        second = own.second + own.total * gap[:, None] * gap
+        gap = own.mean() - Statistics(counts, sums, own.second).mean()
+        second = own.second + own.total() * gap[:, None] * gap
         dist.all_reduce(second, group=group)
         self._set(Statistics(counts, sums, second))
 

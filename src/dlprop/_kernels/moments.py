@@ -27,27 +27,26 @@ class Statistics(NamedTuple):
     sums: Tensor
     second: Tensor
 
-    @property
+    # Methods: torch.compile of torch 2.6 to 2.8 does not see into properties of a NamedTuple.
     def total(self) -> Tensor:
         """`n`, (...)."""
         return self.counts.sum(dim=-1)
 
-    @property
     def mean(self) -> Tensor:
         """`mu`, (..., D); 0 without a pixel."""
-        return self.sums.sum(dim=-2) / or_one(self.total)[..., None]
+        return self.sums.sum(dim=-2) / or_one(self.total())[..., None]
 
     def merged(self, other: "Statistics") -> "Statistics":
         """The statistics of the pixels of both: the pairwise update of Chan, Golub and LeVeque."""
-        n, m = self.total, other.total
-        gap = other.mean - self.mean
+        n, m = self.total(), other.total()
+        gap = other.mean() - self.mean()
         shift = (n * m / or_one(n + m))[..., None, None] * gap[..., :, None] * gap[..., None, :]
         return Statistics(self.counts + other.counts, self.sums + other.sums, self.second + other.second + shift)
 
     def over_batch(self) -> "Statistics":
         """The statistics of all images together, with a batch of one."""
-        gap = self.mean - self.sums.sum(dim=(0, 1)) / or_one(self.total.sum())
-        between = torch.einsum("n,nd,ne->de", self.total, gap, gap)
+        gap = self.mean() - self.sums.sum(dim=(0, 1)) / or_one(self.total().sum())
+        between = torch.einsum("n,nd,ne->de", self.total(), gap, gap)
         counts, sums = (x.sum(dim=0, keepdim=True) for x in self[:2])
         return Statistics(counts, sums, (self.second.sum(dim=0) + between)[None])
 
@@ -119,7 +118,7 @@ class _Moments(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Statistics) -> None:
         *tensors, ctx.are_shares = inputs
-        ctx.save_for_backward(*tensors, Statistics(*output).mean)
+        ctx.save_for_backward(*tensors, Statistics(*output).mean())
 
     @staticmethod
     def backward(ctx: Any, grad_counts: Tensor, grad_sums: Tensor, grad_second: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .compared import Compared, Gradients, Needed
+from .residuals import residuals_of
+
 # On CPUs the residual tile should stay in the second-level caches between the products that fill it and the two that
 # consume it: edge = sqrt(bytes x threads / itemsize), 512 pixels in float32 on two threads. On accelerators a tile
 # must amortise five kernel launches.
@@ -25,21 +28,21 @@ def pairwise_l1(rows: Tensor, target: Tensor, tile: int | None, need_grad: bool)
     signs are multiplied into the gradient of both its row blocks. 4 M^2 D operations for values and gradient
     against features (dense autograd: 8 M^2 D), 3 M^2 D against labels (6 M^2 D); memory O(M D + tile^2).
     """
-    columns = _unequal_to_themselves(target)
+    residuals = residuals_of(rows, target, rows, target)
+    features = rows.to(residuals.rows.dtype)
     grad = torch.zeros_like(rows) if need_grad else None
     loss = rows.new_zeros(len(rows))
-    blocks = _blocks(rows.shape[1], tile, rows)
+    blocks = _blocks(rows.shape[1], tile, features)
     for n in range(len(rows)):
         for p, i in enumerate(blocks):
             for j in blocks[p:]:
-                R = rows[n, i] @ rows[n, j].T
-                _subtract_target(R, target[n, i], columns[n, j])
-                loss[n] += R.abs().sum() * (1 if i == j else 2)
+                R = residuals.tile(n, i, j)
+                loss[n] += R.abs().sum(dtype=loss.dtype) * (1 if i == j else 2)
                 if grad is not None:
                     R.sign_()
-                    grad[n, i].addmm_(R, rows[n, j], alpha=2)
+                    _add_product(grad[n, i], R, features[n, j], alpha=2)
                     if i != j:
-                        grad[n, j].addmm_(R.T, rows[n, i], alpha=2)
+                        _add_product(grad[n, j], R.T, features[n, i], alpha=2)
     return loss, grad
 
 
@@ -47,34 +50,29 @@ def pairwise_l1_cross(
     rows: Tensor, target: Tensor, columns: Tensor, column_target: Tensor, tile: int | None, need_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`sum_ik |R_ik|` of every image with `R_ik = a_i . c_k - G_ik`, and its gradients in the rows and the columns."""
-    column_target = _unequal_to_themselves(column_target)
+    residuals = residuals_of(rows, target, columns, column_target)
+    features, others = (x.to(residuals.rows.dtype) for x in (rows, columns))
     grad_rows = torch.zeros_like(rows) if need_grad else None
     grad_columns = torch.zeros_like(columns) if need_grad else None
     loss = rows.new_zeros(len(rows))
     for n in range(len(rows)):
-        for i in _blocks(rows.shape[1], tile, rows):
-            for k in _blocks(columns.shape[1], tile, rows):
-                R = rows[n, i] @ columns[n, k].T
-                _subtract_target(R, target[n, i], column_target[n, k])
-                loss[n] += R.abs().sum()
+        for i in _blocks(rows.shape[1], tile, features):
+            for k in _blocks(columns.shape[1], tile, features):
+                R = residuals.tile(n, i, k)
+                loss[n] += R.abs().sum(dtype=loss.dtype)
                 if grad_rows is not None and grad_columns is not None:
                     R.sign_()
-                    grad_rows[n, i].addmm_(R, columns[n, k])
-                    grad_columns[n, k].addmm_(R.T, rows[n, i])
+                    _add_product(grad_rows[n, i], R, others[n, k])
+                    _add_product(grad_columns[n, k], R.T, features[n, i])
     return loss, grad_rows, grad_columns
 
 
-def _unequal_to_themselves(target: Tensor) -> Tensor:
-    """The target of the columns, where an ignored pixel has another number: it equals nothing, not even itself."""
-    return target if target.is_floating_point() else torch.where(target < 0, -2, target)
-
-
-def _subtract_target(R: Tensor, g: Tensor, h: Tensor) -> None:
-    """Subtract `g_i . h_j` of features, or the equality of class numbers, from a tile in place."""
-    if g.is_floating_point():
-        R.addmm_(g, h.T, alpha=-1)
+def _add_product(grad: Tensor, signs: Tensor, features: Tensor, alpha: int = 1) -> None:
+    """Add ``alpha`` times the product of a tile of signs to a gradient, which has at least float32 to add it up in."""
+    if signs.dtype == grad.dtype:
+        grad.addmm_(signs, features, alpha=alpha)
     else:
-        R -= (g[:, None] == h).to(R.dtype)
+        grad.add_(signs @ features, alpha=alpha)
 
 
 def _blocks(M: int, tile: int | None, like: Tensor) -> list[slice]:
@@ -90,21 +88,20 @@ def _tile_limit(like: Tensor) -> int:
     return max(1, int((CPU_TILE_BYTES * torch.get_num_threads() / like.element_size()) ** 0.5))
 
 
-def softmax_affinity(
-    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, chunk: int | None
-) -> tuple[Tensor, Tensor]:
+def softmax_affinity(logits: Tensor, compared: Compared, chunk: int | None) -> tuple[Tensor, Tensor]:
     """`sum_i P_ij l_i` of every key j with `P_ij = softmax_j(q_i . k_j + b_j)`, and the log-sum-exp of every query i.
 
     A chunk is made tile by tile, each exponentiated in cache below the largest entry that its rows have shown so far;
     what a row learns later about its largest entry and its sum becomes a factor of its logits.
     """
+    queries, keys, _ = compared
     out = logits.new_zeros(len(keys), logits.shape[2], keys.shape[1])  # few channels: pixels along memory
     lse = queries.new_empty(queries.shape[:2])
     for n, i, tiles in _chunks(queries, keys, chunk):
         top = queries.new_full((i.stop - i.start, 1), -torch.inf)
         sums, tops = [], []
         for j, P in tiles:
-            _similarities(queries[n, i], keys[n, j], None if bias is None else bias[n, j], P)
+            _similarities(compared, n, i, j, P)
             top = torch.maximum(top, P.amax(dim=1, keepdim=True))
             P.sub_(top).exp_()
             sums.append(P.sum(dim=1, keepdim=True))
@@ -119,52 +116,34 @@ def softmax_affinity(
 
 
 def softmax_affinity_backward(
-    grad: Tensor,
-    logits: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    chunk: int | None,
-    need_queries: bool,
-    need_keys: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    grad: Tensor, logits: Tensor, compared: Compared, lse: Tensor, chunk: int | None, needed: Needed
+) -> tuple[Tensor | None, ...]:
     """Gradients of `softmax_affinity`, each chunk of sources recomputed from the log-sum-exp.
 
     The row sum `sum_j P_ij dP_ij` of the softmax's gradient is `l_i . (P grad)_i`, the gradient of the logits.
     """
-    grad_logits = torch.zeros_like(logits)
-    grad_queries = torch.zeros_like(queries) if need_queries else None
-    grad_keys = torch.zeros_like(keys) if need_keys else None
-    grad_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
-    for n, i, tiles in _chunks(queries, keys, chunk):
+    grad_logits, gradients = torch.zeros_like(logits), compared.zeros(needed)
+    for n, i, tiles in _chunks(compared.queries, compared.keys, chunk):
         for j, P in tiles:
-            _similarities(queries[n, i], keys[n, j], None if bias is None else bias[n, j], P)
+            _similarities(compared, n, i, j, P)
             P.sub_(lse[n, i, None]).exp_()
             grad_logits[n, i].addmm_(P, grad[n, j])
-        if grad_queries is None and grad_keys is None and grad_bias is None:
+        if not any(needed):
             continue
         row_sum = (logits[n, i] * grad_logits[n, i]).sum(dim=1, keepdim=True)
         for j, P in tiles:
             grad_S = P.mul_((logits[n, i] @ grad[n, j].T).sub_(row_sum))
-            if grad_queries is not None:
-                grad_queries[n, i].addmm_(grad_S, keys[n, j])
-            if grad_keys is not None:
-                grad_keys[n, j].addmm_(grad_S.T, queries[n, i])
-            if grad_bias is not None:
-                grad_bias[n, j] += grad_S.sum(dim=0)
-    return grad_logits, grad_queries, grad_keys, grad_bias
+            _add_gradients(gradients, compared, n, i, j, grad_S)
+    return grad_logits, *gradients
 
 
-def attention(
-    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, chunk: int | None
-) -> tuple[Tensor, Tensor]:
+def attention(logits: Tensor, compared: Compared, chunk: int | None) -> tuple[Tensor, Tensor]:
     """`sum_j P_ij l_j` of every query i with `P_ij = softmax_j(q_i . k_j + b_j)`, and its log-sum-exp.
 
     One tile exists at a time; what a row has summed shrinks whenever a tile shows a larger entry. Where all keys have a
     bias of -inf every query receives 0.
     """
+    queries, keys, bias = compared
     out = logits.new_zeros(len(queries), logits.shape[2], queries.shape[1])  # few channels: pixels along memory
     lse = queries.new_empty(queries.shape[:2])
     # A row of nothing but -inf is an infinity of the features and shows, unless there is no key to hear.
@@ -175,7 +154,7 @@ def attention(
         top = queries.new_full((i.stop - i.start, 1), torch.finfo(queries.dtype).min)
         total = torch.zeros_like(top)
         for j, P in tiles:
-            _similarities(queries[n, i], keys[n, j], None if bias is None else bias[n, j], P)
+            _similarities(compared, n, i, j, P)
             highest = torch.maximum(top, P.amax(dim=1, keepdim=True))
             P.sub_(highest).exp_()
             factor = (top - highest).exp_()
@@ -189,45 +168,37 @@ def attention(
 
 
 def attention_backward(
-    grad: Tensor,
-    logits: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    chunk: int | None,
-    need_queries: bool,
-    need_keys: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    grad: Tensor, logits: Tensor, compared: Compared, out: Tensor, lse: Tensor, chunk: int | None, needed: Needed
+) -> tuple[Tensor | None, ...]:
     """Gradients of `attention`, each tile recomputed from the log-sum-exp; `sum_j P_ij dP_ij` is `grad_i . out_i`."""
-    grad_logits = torch.zeros_like(logits)
-    grad_queries = torch.zeros_like(queries, memory_format=torch.contiguous_format) if need_queries else None
-    grad_keys = torch.zeros_like(keys) if need_keys else None
-    grad_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
+    grad_logits, gradients = torch.zeros_like(logits), compared.zeros(needed)
     row_sums = (grad * out).sum(dim=2, keepdim=True)
-    for n, i, tiles in _tiles(queries, keys, chunk):
+    for n, i, tiles in _tiles(compared.queries, compared.keys, chunk):
         for j, P in tiles:
-            _similarities(queries[n, i], keys[n, j], None if bias is None else bias[n, j], P)
+            _similarities(compared, n, i, j, P)
             P.sub_(lse[n, i, None]).exp_()
             grad_logits[n, j].addmm_(P.T, grad[n, i])
-            if grad_queries is None and grad_keys is None and grad_bias is None:
-                continue
-            grad_S = P.mul_((grad[n, i] @ logits[n, j].T).sub_(row_sums[n, i]))
-            if grad_queries is not None:
-                grad_queries[n, i].addmm_(grad_S, keys[n, j])
-            if grad_keys is not None:
-                grad_keys[n, j].addmm_(grad_S.T, queries[n, i])
-            if grad_bias is not None:
-                grad_bias[n, j] += grad_S.sum(dim=0)
-    return grad_logits, grad_queries, grad_keys, grad_bias
+            if any(needed):
+                grad_S = P.mul_((grad[n, i] @ logits[n, j].T).sub_(row_sums[n, i]))
+                _add_gradients(gradients, compared, n, i, j, grad_S)
+    return grad_logits, *gradients
 
 
-def _similarities(queries: Tensor, keys: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    torch.mm(queries, keys.T, out=out)
+def _similarities(compared: Compared, n: int, i: slice, j: slice, out: Tensor) -> None:
+    queries, keys, bias = compared
+    torch.mm(queries[n, i], keys[n, j].T, out=out)
     if bias is not None:
-        out += bias
+        out += bias[n, j]
+
+
+def _add_gradients(gradients: Gradients, compared: Compared, n: int, i: slice, j: slice, grad_S: Tensor) -> None:
+    """Add what the gradient of a tile of similarities gives to its queries, its keys and their bias."""
+    if gradients.queries is not None:
+        gradients.queries[n, i].addmm_(grad_S, compared.keys[n, j])
+    if gradients.keys is not None:
+        gradients.keys[n, j].addmm_(grad_S.T, compared.queries[n, i])
+    if gradients.bias is not None:
+        gradients.bias[n, j] += grad_S.sum(dim=0)
 
 
 Tiles = Iterator[tuple[int, slice, list[tuple[slice, Tensor]]]]

@@ -10,6 +10,7 @@ before Triton was first imported, on CPU tensors in Triton's interpreter.
 import torch
 from torch import Tensor
 
+from .compared import Compared, Needed
 from .triton_blocks import (
     Blocks,
     Channels,
@@ -104,13 +105,12 @@ def _headroom(*features: Tensor) -> Tensor:
 # The softmax affinity
 
 
-def softmax_affinity(
-    logits: Tensor, queries: Tensor, keys: Tensor, bias: None, chunk: int | None
-) -> tuple[Tensor, Tensor]:
+def softmax_affinity(logits: Tensor, compared: Compared, chunk: int | None) -> tuple[Tensor, Tensor]:
     """`sum_i softmax(q_i . K)_j l_i` of every target j, and the log-sum-exp of every source i.
 
     One pass is owned by the sources, one by the targets.
     """
+    queries, keys, _ = compared
     if queries.numel() == 0 or keys.numel() == 0:
         return keys.new_zeros(*keys.shape[:2], logits.shape[2]), queries.new_full(queries.shape[:2], -torch.inf)
     lse = _log_sum_exp(queries, keys, chunk)
@@ -118,30 +118,22 @@ def softmax_affinity(
 
 
 def softmax_affinity_backward(
-    grad: Tensor,
-    logits: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    bias: None,
-    lse: Tensor,
-    chunk: int | None,
-    need_queries: bool,
-    need_keys: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    grad: Tensor, logits: Tensor, compared: Compared, lse: Tensor, chunk: int | None, needed: Needed
+) -> tuple[Tensor | None, ...]:
     """Gradients of `softmax_affinity`: the probabilities are formed again from the log-sum-exp, for each gradient.
 
     The row sum `sum_j P_ij dP_ij` of the softmax's gradient is `l_i . (P grad)_i`, already at hand.
     """
+    queries, keys, _ = compared
     if queries.numel() == 0 or keys.numel() == 0:
         return torch.zeros_like(logits), torch.zeros_like(queries), torch.zeros_like(keys), None
     grad_logits = _weighted_sum(queries, keys, grad, lse, chunk, sources_own=True)
     row_sum = (logits * grad_logits).sum(dim=2)
     grad_queries = grad_keys = None
-    if need_queries:
+    if needed.queries:
         own = logits, row_sum
         grad_queries = _weighted_sum(queries, keys, grad, lse, chunk, sources_own=True, gradient=own)
-    if need_keys:
+    if needed.keys:
         own = grad, row_sum
         grad_keys = _weighted_sum(keys, queries, logits, lse, chunk, sources_own=False, gradient=own)
     return grad_logits, grad_queries, grad_keys, None

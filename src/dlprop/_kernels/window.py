@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .compared import Compared, Needed
+
 # Bytes that the similarities of a band, its logits or its features may take: on CPUs what stays in cache.
 CPU_BAND_BYTES, DEVICE_BAND_BYTES = 512 << 10, 256 << 20
 
@@ -21,17 +23,16 @@ class Neighbours(NamedTuple):
     keys: tuple[slice, slice, slice]
 
 
-def window_affinity(
-    logits: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, offsets: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def window_affinity(logits: Tensor, compared: Compared, offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
     """`sum_o P_jo l_{j+o}` with `P_jo = softmax_o(q_j . k_{j+o} + b_{j+o})`, and the log-sum-exp of every pixel j.
 
     A pixel whose sources all have a bias of -inf receives 0.
     """
+    queries, _, bias = compared
     out = torch.zeros_like(logits, memory_format=torch.contiguous_format)
     lse = queries.new_empty(queries.shape[0], 1, *queries.shape[2:])
     for n, rows, neighbours in _bands(logits, queries, offsets):
-        S = _similarities(queries[n], keys[n], None if bias is None else bias[n], rows, neighbours)
+        S = _similarities(compared, n, rows, neighbours)
         top = S.amax(dim=0)
         if bias is not None:
             is_alone = _highest(bias[n], rows, neighbours) == -torch.inf
@@ -50,53 +51,45 @@ def window_affinity(
 def window_affinity_backward(
     grad: Tensor,
     logits: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
+    compared: Compared,
     out: Tensor,
     lse: Tensor,
     offsets: Sequence[int],
-    need_queries: bool,
-    need_keys: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    needed: Needed,
+) -> tuple[Tensor | None, ...]:
     """Gradients of `window_affinity`, each band recomputed; the row sum `sum_o P_jo dP_jo` is `grad_j . out_j`."""
-    contiguous = torch.contiguous_format
-    grad_logits = torch.zeros_like(logits, memory_format=contiguous)
-    grad_queries = torch.zeros_like(queries, memory_format=contiguous) if need_queries else None
-    grad_keys = torch.zeros_like(keys, memory_format=contiguous) if need_keys else None
-    grad_bias = torch.zeros_like(bias, memory_format=contiguous) if need_bias and bias is not None else None
+    queries, keys, _ = compared
+    grad_logits, gradients = torch.zeros_like(logits, memory_format=torch.contiguous_format), compared.zeros(needed)
     for n, rows, neighbours in _bands(logits, queries, offsets):
-        S = _similarities(queries[n], keys[n], None if bias is None else bias[n], rows, neighbours)
+        S = _similarities(compared, n, rows, neighbours)
         P = S.sub_(lse[n, :, rows]).exp_()
         for share, (inside, at, source) in zip(P, neighbours, strict=True):
             grad_logits[n][source].addcmul_(grad[n][at], share[inside])
-        if grad_queries is None and grad_keys is None and grad_bias is None:
+        if not any(needed):
             continue
         dP = torch.zeros_like(P)
         for product, (inside, at, source) in zip(dP, neighbours, strict=True):
             torch.sum(grad[n][at] * logits[n][source], dim=0, out=product[inside])
         grad_S = P.mul_(dP - (grad[n, :, rows] * out[n, :, rows]).sum(dim=0))
         for slope, (inside, at, source) in zip(grad_S, neighbours, strict=True):
-            if grad_queries is not None:
-                grad_queries[n][at].addcmul_(keys[n][source], slope[inside])
-            if grad_keys is not None:
-                grad_keys[n][source].addcmul_(queries[n][at], slope[inside])
-            if grad_bias is not None:
-                grad_bias[n][source] += slope[inside]
-    return grad_logits, grad_queries, grad_keys, grad_bias
+            if gradients.queries is not None:
+                gradients.queries[n][at].addcmul_(keys[n][source], slope[inside])
+            if gradients.keys is not None:
+                gradients.keys[n][source].addcmul_(queries[n][at], slope[inside])
+            if gradients.bias is not None:
+                gradients.bias[n][source] += slope[inside]
+    return grad_logits, *gradients
 
 
-def _similarities(
-    queries: Tensor, keys: Tensor, bias: Tensor | None, rows: slice, neighbours: list[Neighbours]
-) -> Tensor:
+def _similarities(compared: Compared, n: int, rows: slice, neighbours: list[Neighbours]) -> Tensor:
     """`q_j . k_{j+o} + b_{j+o}` of one image's band, (offsets, rows, W); -inf beyond the border."""
+    queries, keys = compared.queries[n], compared.keys[n]
     S = queries.new_full((len(neighbours), rows.stop - rows.start, queries.shape[2]), -torch.inf)
     for s, (inside, at, source) in zip(S, neighbours, strict=True):
         part = s[inside]
         torch.sum(queries[at] * keys[source], dim=0, out=part)
-        if bias is not None:
-            part += bias[source][0]
+        if compared.bias is not None:
+            part += compared.bias[n][source][0]
     return S
 
 

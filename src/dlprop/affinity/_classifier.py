@@ -65,9 +65,9 @@ class Classifier(Orders):
         rounding of their ``dtype`` have `T`.
         """
         D, eps = x.shape[-1], torch.finfo(dtype).eps
-        Sigma = statistics.second / or_one(statistics.total)[..., None, None]
+        Sigma = statistics.second / or_one(statistics.total())[..., None, None]
         trace = Sigma.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-        is_constant = (trace <= (OF_MEAN * eps) ** 2 * statistics.mean.square().sum(dim=-1))[..., None, None]
+        is_constant = (trace <= (OF_MEAN * eps) ** 2 * statistics.mean().square().sum(dim=-1))[..., None, None]
         share = torch.where(is_constant, 1, self.shrinkage / D * trace[..., None, None])
         Sigma_s = Sigma + share * self._prior(D, x)
         factor, info = torch.linalg.cholesky_ex(Sigma_s)

@@ -76,7 +76,7 @@ class Discriminant(Classifier):
         P = sources.counted(sources.logits.softmax(dim=1))
         own = self.statistics_of(sources, P, are_shares=sources.counts is None)
         counts, sums, _ = statistics = self._with_stored(own)
-        n, mean = statistics.total, statistics.mean[:, None]
+        n, mean = statistics.total(), statistics.mean()[:, None]
         means = (sums - counts[:, :, None] * mean) / (counts[:, :, None] + 1)
         A = self.over_covariance(statistics, means, targets.feats.dtype)
         prior = torch.log(counts / or_one(n)[:, None] + SMALLEST_PRIOR)

@@ -77,7 +77,7 @@ class Ridge(Classifier):
 
         statistics = self.statistics_of(sources, weights)
         counts, sums, _ = statistics
-        total, mean = statistics.total, statistics.mean[:, None]
+        total, mean = statistics.total(), statistics.mean()[:, None]
         shares = counts / or_one(total)[:, None]
         covariance = (sums - counts[:, :, None] * mean) / or_one(total)[:, None, None]
         B = self.over_covariance(statistics, covariance, P.dtype)
