@@ -5,13 +5,15 @@ BIN := .venv/bin
 # Processes that share the tests, a file to each at a time; every one of them takes a gigabyte or two.
 WORKERS ?= 2
 
-.PHONY: help demo test test-quick lint bench bench-full docs wheel-test release-check clean
+.PHONY: help demo test test-quick test-versions fuzz lint bench bench-full docs wheel-test release-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        train the example on generated scenes and print its table (under 5 minutes)"
 	@echo "make test        lint, types and all tests, doctests and the built wheel (under 15 minutes)"
 	@echo "make test-quick  the quick tests of the library alone (under 90 seconds)"
+	@echo "make test-versions  the quick tests of the library on the oldest torch, NumPy and einops that it allows (minutes, downloads them)"
+	@echo "make fuzz        10,000 random calls of the library against the oracles (minutes); FUZZ=500 for fewer, SEED=7 for other ones"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       speed and memory of the library on this machine (minutes)"
 	@echo "make bench-full  the same with every variant and size, and accuracy; writes benchmarks/results, tables and plots (half an hour)"
@@ -33,6 +35,14 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "build>=1.2" "twine>=6.1"
 	@touch $@
 
+# The floors of the dependencies in pyproject.toml, as they are: the oldest versions that the library promises to work with.
+OLDEST := $(shell sed -n '/^dependencies/s/>=/==/gp' pyproject.toml | tr -d '[]",' | cut -d = -f 2-)
+
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" $(OLDEST)
+	@touch $@
+
 demo: .venv/installed-example
 	$(BIN)/python -m examples.derprop_voc demo
 
@@ -41,6 +51,12 @@ test: lint
 
 test-quick: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" --ignore tests/example --ignore tests/pages
+
+test-versions: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" --ignore tests/example --ignore tests/pages
+
+fuzz: .venv/installed-dev
+	$(BIN)/python -m pytest -v tests/fuzz.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -65,5 +81,5 @@ release-check: .venv/installed-release
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf .venv build dist docs/_build docs/auto_gallery docs/sg_execution_times.rst .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf .venv .venv-oldest build dist docs/_build docs/auto_gallery docs/sg_execution_times.rst .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

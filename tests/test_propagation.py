@@ -58,9 +58,12 @@ def test_every_combination(form, similarity, normalize, resolution, align_corner
         "align_corners": align_corners,
     }
     grids = {"same": ((3, 3), (3, 3)), "up": ((5, 4), (3, 2)), "down": ((2, 3), (4, 3)), "across": ((6, 1), (2, 3))}
-    for (name, (grid, feats_grid)), target, masked in itertools.product(
-        grids.items(), ("none", "same", "other"), (False, True)
+    odd = NORMALIZATIONS.index(normalize)
+    for (g, (name, (grid, feats_grid))), (t, target), masked in itertools.product(
+        enumerate(grids.items()), enumerate(("none", "same", "other")), (False, True)
     ):
+        if (odd + g + t + masked) % 2:  # half of them, in which all values of any three options still meet
+            continue
         target_grid = {"none": None, "same": feats_grid, "other": (2, 4)}[target]
         logits, feats, target_feats = inputs(form, grid, feats_grid, target_grid)
         mask = random_mask(2, *grid) if masked else None
