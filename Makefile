@@ -5,12 +5,13 @@ BIN := .venv/bin
 # Processes that share the tests, a file to each at a time; every one of them takes a gigabyte or two.
 WORKERS ?= 2
 
-.PHONY: help demo test test-quick test-versions fuzz lint bench bench-full docs wheel-test release-check clean
+.PHONY: help demo test test-all test-quick test-versions fuzz lint bench bench-full docs wheel-test release-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        train the example on generated scenes and print its table (under 5 minutes)"
 	@echo "make test        lint, types and all tests, doctests and the built wheel (under 15 minutes)"
+	@echo "make test-all    the same and what is left out there: more options of what it tests at some (under 20 minutes)"
 	@echo "make test-quick  the quick tests of the library alone (under 90 seconds)"
 	@echo "make test-versions  the quick tests of the library on the oldest torch, NumPy and einops that it allows (minutes, downloads them)"
 	@echo "make fuzz        10,000 random calls of the library against the oracles (minutes); FUZZ=500 for fewer, SEED=7 for other ones"
@@ -48,6 +49,9 @@ demo: .venv/installed-example
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-all: lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m ""
 
 test-quick: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" --ignore tests/example --ignore tests/pages

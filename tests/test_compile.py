@@ -189,11 +189,14 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def quick(names, *chosen):
-    """Some of the names in the quick suite, all in the whole one: compiling everything takes minutes."""
-    return pytest.mark.parametrize(
-        "name", [pytest.param(n, marks=[] if n in chosen else pytest.mark.slow) for n in names]
-    )
+def quick(names, *chosen, exhaustive=()):
+    """Some of the names in the quick suite, more in the whole one: compiling everything takes minutes."""
+
+    def marks(name):
+        slow = [] if name in chosen else [pytest.mark.slow]
+        return [*slow, pytest.mark.exhaustive] if name in exhaustive else slow
+
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in names])
 
 
 # The kernels and gradients of these are those of other cases: their graphs are captured and run, but not traced through
@@ -211,6 +214,7 @@ CAPTURED = {
     CASES,
     *("derivative_similarity", "propagation", "propagation softmax", "loss labels", "loss features"),
     *("propagation attention", "propagation window"),
+    exhaustive=CAPTURED,
 )
 def test_compiles_into_one_graph_without_a_recompile_per_size(name):
     function, arguments = CASES[name]

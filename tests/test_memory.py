@@ -3,6 +3,7 @@
 One M x M matrix of float32 would take 1056 MiB at 129 x 129 pixels. What takes M^2 in time is measured at fewer.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,24 @@ import pytest
 
 MIB = 2**20
 LOGITS = 21 * 129**2 * 4
+
+# A process for every script, forked from one that has imported torch.
+FORKS = """
+import json, os, sys
+import torch, dlprop.affinity
+
+for line in sys.stdin:
+    read, write = os.pipe()
+    if not os.fork():
+        os.dup2(write, 1), os.dup2(write, 2)
+        exec(json.loads(line), {})
+        sys.stdout.flush()
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as stream:
+        output = stream.read()
+    print(json.dumps([os.waitstatus_to_exitcode(os.wait()[1]), output]), flush=True)
+"""
 
 # The whole process is measured, so everything that is allocated once is warmed up at a tiny size first.
 MEASURE = """
@@ -91,79 +110,86 @@ pytestmark = [
 ]
 
 
-def _added_bytes(setup, run, case, edge=129):
-    """Growth of the peak over the inputs and over what is returned."""
-    script = MEASURE.format(setup=setup, run=run, case=case, edge=edge)
+@pytest.fixture(scope="module")
+def added_bytes():
+    """A function: growth of the peak over the inputs and over what is returned."""
     # Left to itself, glibc keeps blocks that were given back and cannot always use them again: up to twice as much, and
     # never twice the same. With a fixed threshold it returns every large block, and the peak is what was asked for.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stderr
-    grown, kept = map(int, result.stdout.split())
-    return 1024 * grown - kept
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", FORKS], **pipes, text=True, env=environment) as parent:
+
+        def run(setup, run, case, edge=129):
+            script = MEASURE.format(setup=setup, run=run, case=case, edge=edge)
+            print(json.dumps(script), file=parent.stdin, flush=True)
+            code, output = json.loads(parent.stdout.readline())
+            assert code == 0, output
+            grown, kept = map(int, output.split())
+            return 1024 * grown - kept
+
+        yield run
 
 
 @pytest.mark.parametrize("case", ["labels", "features"])
-def test_loss_forward_and_backward(case):
+def test_loss_forward_and_backward(case, added_bytes):
     # One M x M matrix would take 338 MiB, and a copy of the features takes 9 MiB.
-    assert _added_bytes("loss = DerivativeLoss()", LOSS, case, edge=97) < 72 * MIB
+    assert added_bytes("loss = DerivativeLoss()", LOSS, case, edge=97) < 72 * MIB
 
 
 @pytest.mark.parametrize("options", ["norm='frobenius'", "num_anchors=256"])
-def test_linear_time_losses(options):
+def test_linear_time_losses(options, added_bytes):
     # O(M D): a copy of the features takes 16 MiB, and autograd keeps several of every order.
-    assert _added_bytes(f"loss = DerivativeLoss({options})", LOSS, "features") < 160 * MIB
+    assert added_bytes(f"loss = DerivativeLoss({options})", LOSS, "features") < 160 * MIB
 
 
-def test_linear_propagation():
-    assert _added_bytes("propagation = DerivativeLabelPropagation()", FORWARD, "logits") < 16 * MIB
+def test_linear_propagation(added_bytes):
+    assert added_bytes("propagation = DerivativeLabelPropagation()", FORWARD, "logits") < 16 * MIB
 
 
 @pytest.mark.parametrize("normalize", ["'l1'", "None"])
-def test_a_mask_takes_no_more_than_the_logits(normalize):
+def test_a_mask_takes_no_more_than_the_logits(normalize, added_bytes):
     # And the counts, one channel more, and the mask; a copy of the features would take twelve times the logits.
     setup = f"propagation = DerivativeLabelPropagation(Linear(normalize={normalize}))"
-    plain, masked = (_added_bytes(setup, run, "logits") for run in (BACKWARD, MASKED))
+    plain, masked = (added_bytes(setup, run, "logits") for run in (BACKWARD, MASKED))
     assert masked <= plain + 1.5 * LOGITS
 
 
-def test_softmax_propagation():
+def test_softmax_propagation(added_bytes):
     # One M x M matrix would take 68 MiB. A chunk of 128 rows takes 2 MiB, of which backward holds three, and a copy of
     # the features 4 MiB.
     setup = "propagation = DerivativeLabelPropagation(Softmax(chunk_size=128))"
-    assert _added_bytes(setup, BACKWARD, "logits", edge=65) < 40 * MIB
+    assert added_bytes(setup, BACKWARD, "logits", edge=65) < 40 * MIB
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "gaussian"])
-def test_attention(similarity):
+def test_attention(similarity, added_bytes):
     # One M x M matrix would take 68 MiB. What there is are copies of the features, 4.1 MiB each.
     options = f"over='sources', similarity='{similarity}', normalize=None"
     setup = f"propagation = DerivativeLabelPropagation(Softmax({options}))"
-    assert _added_bytes(setup, FORWARD, "logits", edge=65) < 36 * MIB
-    assert _added_bytes(setup, BACKWARD, "logits", edge=65) < 64 * MIB
+    assert added_bytes(setup, FORWARD, "logits", edge=65) < 36 * MIB
+    assert added_bytes(setup, BACKWARD, "logits", edge=65) < 64 * MIB
 
 
-def test_attention_from_clicks_takes_what_the_clicks_take():
+def test_attention_from_clicks_takes_what_the_clicks_take(added_bytes):
     # 17 sources of 16641: neither their features are copied to all pixels, nor is a matrix of all pairs formed.
     setup = "propagation = DerivativeLabelPropagation(Softmax(over='sources', normalize=None, weights=(1.0,)))"
-    assert _added_bytes(setup, CLICKS, "logits") < 24 * MIB
+    assert added_bytes(setup, CLICKS, "logits") < 24 * MIB
 
 
 @pytest.mark.parametrize("run", [FORWARD, BACKWARD], ids=["forward", "backward"])
-def test_a_larger_window_takes_no_more(run):
+def test_a_larger_window_takes_no_more(run, added_bytes):
     # 9 offsets or 49: of the features, 2.3 MiB, a window of radius 3 unfolded would hold 115 MiB.
     added = []
     for radius in (1, 3):
         options = f"over='sources', radius={radius}, similarity='gaussian', normalize=None"
         setup = f"propagation = DerivativeLabelPropagation(Softmax({options}))"
-        added.append(_added_bytes(setup, run, "logits", edge=49))
+        added.append(added_bytes(setup, run, "logits", edge=49))
     assert added[0] < 28 * MIB
     assert added[1] < added[0] + 4 * MIB
 
 
-def test_the_measurement_sees_a_dense_matrix():
+def test_the_measurement_sees_a_dense_matrix(added_bytes):
     # Where the dense matrices fit: 2401^2 floats are 22 MiB, and there are several.
-    dense = _added_bytes(DENSE, LOSS, "labels", edge=49)
-    tiled = _added_bytes("loss = DerivativeLoss()", LOSS, "labels", edge=49)
+    dense = added_bytes(DENSE, LOSS, "labels", edge=49)
+    tiled = added_bytes("loss = DerivativeLoss()", LOSS, "labels", edge=49)
     assert dense > tiled + 44 * MIB

@@ -651,7 +651,11 @@ UPDATES = {
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("update", "torch.float32"), *((name, "torch.float16") for name in UPDATES)]
+    ("name", "dtype"),
+    [
+        ("update", "torch.float32"),
+        *(pytest.param(name, "torch.float16", marks=pytest.mark.exhaustive) for name in UPDATES),
+    ],
 )
 def test_memory_beyond_the_inputs(name, dtype):
     """A copy of the features, 2^20 pixels of 64 channels, would take 256 MiB, one of the logits 84."""

@@ -33,19 +33,26 @@ def _run(*arguments, **environment):
     return done.stdout
 
 
-def _pytest(marker, **environment):
+def _pytest(marker, at_least=80, **environment):
     options = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
     report = _run(*options, "-m", marker, "tests/triton_kernels.py", **environment)
     summary = re.search(r"^(\d+) passed", report, flags=re.MULTILINE)
     assert summary, report
-    assert int(summary[1]) > 80
+    assert int(summary[1]) > at_least
     assert "skipped" not in report
 
 
 @pytest.mark.slow
 @needs_triton
 def test_the_kernels_in_the_interpreter():
-    _pytest("not gpu", TRITON_INTERPRET="1")
+    _pytest("not gpu and not exhaustive", TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@needs_triton
+def test_wrong_kernels_fail_in_the_interpreter():
+    _pytest("not gpu and exhaustive", at_least=30, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow

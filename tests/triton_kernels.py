@@ -623,6 +623,7 @@ def _load(module, right, wrong, tmp_path):
     return mutant
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("mistake", [*DEVICE_MUTANTS, *HOST_MUTANTS, *BLOCK_MUTANTS])
 def test_a_wrong_kernel_fails(kernels, device, mistake, tmp_path, monkeypatch, two_steps, tf32):

@@ -178,14 +178,14 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(setting, runs, scene
 # Moments at which a run is killed: setting, function, and which of its calls does not return.
 # Files are made durable in the order config.yaml, log.jsonl, then best.pt (where it is) and latest.pt of each epoch.
 MOMENTS = [
-    pytest.param(*moment, id=f"{moment[0]}-{moment[1].rpartition(':')[2]}-{moment[2]}")
-    for moment in (
-        ("eval", "examples.derprop_voc.train:Trainer._check_finite", 1),
-        ("train", "examples.derprop_voc.train:Trainer._check_finite", 5),
-        ("eval", "os:fsync", 3),
-        ("eval", "os:fsync", 4),
-        ("train", "os:fsync", 5),
-        ("eval", "pathlib:Path.replace", 5),
+    pytest.param(*moment, id=f"{moment[0]}-{moment[1].rpartition(':')[2]}-{moment[2]}", marks=marks)
+    for moment, marks in (
+        (("eval", "examples.derprop_voc.train:Trainer._check_finite", 1), pytest.mark.exhaustive),
+        (("train", "examples.derprop_voc.train:Trainer._check_finite", 5), ()),
+        (("eval", "os:fsync", 3), ()),
+        (("eval", "os:fsync", 4), pytest.mark.exhaustive),
+        (("train", "os:fsync", 5), pytest.mark.exhaustive),
+        (("eval", "pathlib:Path.replace", 5), ()),
     )
 ]
 

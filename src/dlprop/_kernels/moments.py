@@ -47,7 +47,7 @@ class Statistics(NamedTuple):
         """The statistics of all images together, with a batch of one."""
         gap = self.mean() - self.sums.sum(dim=(0, 1)) / or_one(self.total().sum())
         between = torch.einsum("n,nd,ne->de", self.total(), gap, gap)
-        counts, sums = (x.sum(dim=0, keepdim=True) for x in self[:2])
+        counts, sums = (x.sum(dim=0, keepdim=True) for x in (self.counts, self.sums))
         return Statistics(counts, sums, (self.second.sum(dim=0) + between)[None])
 
 
