@@ -318,7 +318,12 @@ def choose(arguments: argparse.Namespace) -> None:
     network, settings = finished.name_of(arguments.network), make_settings()
     with kept_outputs(finished, network, items) as kept:
         found = measure(finished, kept, items, settings)
-    facts = {"checkpoint": "/".join(finished.path.resolve().parts[-2:]), "step": finished.step, "network": network, "images": len(items)}
+    facts = {
+        "checkpoint": "/".join(finished.path.resolve().parts[-2:]),
+        "step": finished.step,
+        "network": network,
+        "images": len(items),
+    }
     result = facts | choose_setting(settings, found) | {"list": str(arguments.images), "versions": versions()}
     out = arguments.out or paths[0].parent
     (chosen,) = (setting for setting in settings if setting.name == result["chosen"])
