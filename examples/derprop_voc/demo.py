@@ -102,7 +102,9 @@ def measure(out: Path, *, seed: int, threads: int, steps: int) -> Scores:
         }
         if name == DRAWN:
             notes = {title: f"mIoU {100 * mious[title]:.1f}" for title in mious}
-            draw_panel(out / "clicks.png", rows, finished.class_names, title=f"Held-out scenes: {RUNS[name][0]}", notes=notes)
+            draw_panel(
+                out / "clicks.png", rows, finished.class_names, title=f"Held-out scenes: {RUNS[name][0]}", notes=notes
+            )
         print(f"{len(scores)} of {len(configs)} done: {RUNS[name][0]}", flush=True)
     return scores
 
