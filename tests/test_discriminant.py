@@ -299,7 +299,7 @@ def test_transforms(form, resolution):
 
 
 @pytest.mark.slow
-@forms
+@pytest.mark.parametrize("form", ["discriminant", pytest.param("ridge", marks=pytest.mark.exhaustive)])
 def test_compiles_whole_and_trains(form):
     """And what was prepared without a graph serves with one."""
     options = {"statistics": stored()} if form == "discriminant" else {"balance": 1.0}

@@ -161,7 +161,7 @@ def test_softmax_propagation(added_bytes):
     assert added_bytes(setup, BACKWARD, "logits", edge=65) < 40 * MIB
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "gaussian"])
+@pytest.mark.parametrize("similarity", [pytest.param("cosine", marks=pytest.mark.exhaustive), "gaussian"])
 def test_attention(similarity, added_bytes):
     # One M x M matrix would take 68 MiB. What there is are copies of the features, 4.1 MiB each.
     options = f"over='sources', similarity='{similarity}', normalize=None"
@@ -176,7 +176,9 @@ def test_attention_from_clicks_takes_what_the_clicks_take(added_bytes):
     assert added_bytes(setup, CLICKS, "logits") < 24 * MIB
 
 
-@pytest.mark.parametrize("run", [FORWARD, BACKWARD], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "run", [pytest.param(FORWARD, marks=pytest.mark.exhaustive), BACKWARD], ids=["forward", "backward"]
+)
 def test_a_larger_window_takes_no_more(run, added_bytes):
     # 9 offsets or 49: of the features, 2.3 MiB, a window of radius 3 unfolded would hold 115 MiB.
     added = []

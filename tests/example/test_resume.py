@@ -626,6 +626,7 @@ def scaled(monkeypatch, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_gradient_scaler_is_saved_and_restored(scenes, tmp_path, monkeypatch):
     scaled(monkeypatch, init_scale=64.0, growth_interval=4)
     whole, halves = (tiny(scenes, tmp_path / name, steps=4) for name in ("whole", "halves"))

@@ -43,7 +43,7 @@ def printed(cell: nbformat.NotebookNode) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["package", "none"])
+@pytest.mark.parametrize("weights", ["package", pytest.param("none", marks=pytest.mark.exhaustive)])
 def test_the_notebook_runs(weights, tmp_path):
     if weights == "package" and find_spec(WEIGHTS) is None:
         pytest.skip(f"{WEIGHTS} is not installed")

@@ -266,8 +266,8 @@ def export_propagation(affinity, resolution="feats"):
     ("affinity", "resolution"),
     [
         (Linear(), "feats"),
-        (Linear(scale="degree"), "feats"),
-        (Linear(similarity="cosine"), "feats"),
+        pytest.param(Linear(scale="degree"), "feats", marks=pytest.mark.exhaustive),
+        pytest.param(Linear(similarity="cosine"), "feats", marks=pytest.mark.exhaustive),
         (Linear(), "logits"),
     ],
     ids=["Eq. 4", "degree", "cosine", "logits"],
