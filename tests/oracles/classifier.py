@@ -158,7 +158,7 @@ def propagate(
         scores = {"discriminant": discriminant, "ridge": ridge}[form](
             own[n], w, inverse_covariance(own[n], shrinkage, prior(D, weights, scheme))
         )
-        scores = np.log(softmax(scores, axis=0))
+        scores = scores - np.logaddexp.reduce(scores, axis=0)  # the logarithm of a softmax that may be 0
         if U is not None and resolution == "feats" and keeps_grid:
             scores = scores @ U
         on_logits = logits.ndim == 3 or keeps_grid
