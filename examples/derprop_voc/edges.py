@@ -29,6 +29,7 @@ from dlprop.affinity import Softmax
 
 from .augment import to_input
 from .data import VOID, read_image, read_mask
+from .evaluate import jackknife_error
 from .files import write_bytes, write_json
 from .measuring import Images, add_measuring_arguments, begin, make_images, run_name
 from .progress import make_bar
@@ -283,10 +284,9 @@ def compared(counts: np.ndarray, control: np.ndarray, num_classes: int) -> tuple
     def without(x: np.ndarray) -> np.ndarray:
         return scores_of(x.sum(1, keepdims=True) - x, num_classes)
 
-    n = counts.shape[1]
     difference = (scores_of(counts.sum(1), num_classes) - scores_of(control.sum(1), num_classes)).mean(0)
     left = (without(counts) - without(control)).mean(0)
-    return difference, np.sqrt((n - 1) / n * np.square(left - left.mean(0)).sum(0))
+    return difference, jackknife_error(left)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -234,7 +234,10 @@ def gain(confusions: np.ndarray, control: np.ndarray) -> tuple[float, float]:
     def without(x: np.ndarray) -> np.ndarray:
         return mean_iou(x.sum(0) - x)
 
-    n = len(confusions)
-    left = without(confusions) - without(control)
-    error = np.sqrt((n - 1) / n * np.square(left - left.mean()).sum())
+    error = jackknife_error(without(confusions) - without(control))
     return float(mean_iou(confusions.sum(0)) - mean_iou(control.sum(0))), float(error)
+
+
+def jackknife_error(left: np.ndarray) -> np.ndarray:
+    """Standard error of a figure, of its values (n, ...) with one of n images left out each."""
+    return np.sqrt((len(left) - 1) / len(left) * np.square(left - left.mean(0)).sum(0))

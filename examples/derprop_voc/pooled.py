@@ -226,7 +226,7 @@ def read_statistics(path: Path, finished: Finished, network: str, tau: float) ->
             f"{path}: expected statistics of the classes {', '.join(finished.class_names)}, found "
             f"{', '.join(map(str, content['classes']))}"
         )
-    C, D = len(finished.class_names), finished.config.feature_channels
+    C, D = len(finished.class_names), finished.config.propagation_channels
     expected = {"prior": (C,), "counts": (C,), "sums": (C, D), "second": (D, D)}
     for entry in content["networks"].values():
         for name, shape in expected.items():

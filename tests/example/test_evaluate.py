@@ -637,6 +637,15 @@ def test_files_of_statistics_that_do_not_fit(latest, tmp_path, change, message):
         read_statistics(kept, latest, "averaged", 0.0)
 
 
+def test_statistics_of_the_decoders_features_are_read(latest, tmp_path):
+    options = {"propagation_features": "decoder", "decoder_channels": 12}
+    of_decoder = replace(latest, config=replace(latest.config, **options))
+    statistics, C = ClassStatistics(len(CLASS_NAMES), 12), len(CLASS_NAMES)
+    pooled = Pooled(torch.full((C,), 1 / C), 0.0, statistics)
+    write_statistics(tmp_path / "kept.pt", {key_of(of_decoder, "averaged"): pooled}, CLASS_NAMES, 1)
+    assert read_statistics(tmp_path / "kept.pt", of_decoder, "averaged", 0.0).statistics.sums.shape == (C, 12)
+
+
 def test_statistics_that_nothing_would_use_or_that_are_of_other_features(latest, tmp_path):
     ridge = with_propagation(latest.config, {"affinity": "ridge"})
     with pytest.raises(ConfigError, match="read_statistics: only --affinity discriminant and --tau use statistics"):
