@@ -22,7 +22,7 @@ image, truth = make_scene(np.random.default_rng(8), (160, 240))
 # A made clip: the camera moves over a larger scene, and the light fades. Features are blurred colours at three scales,
 # in place of what a network would give, on a grid of every second pixel.
 
-H, W, COUNT = 72, 96, 13
+H, W, COUNT = 96, 128, 13
 tops = np.linspace(64, 24, COUNT).round().astype(int)
 lefts = np.linspace(84, 24, COUNT).round().astype(int)
 lights = np.linspace(1, 0.7, COUNT)
