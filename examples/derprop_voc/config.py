@@ -196,7 +196,7 @@ class Config:
     panel_every: int = option(0, "epochs between panels of validation images; 0: at the end only", low=0)
     panel_images: int = option(4, "validation images in a panel", low=1)
     measure_pseudo_labels: bool = option(
-        False, "log how good P, P~ and P_bar are while training; reads unlabelled masks, for the log only"
+        False, "log how good P, P~ and P_bar are at every fifth step; reads unlabelled masks, for the log only"
     )
     tensorboard: bool = option(True, "write TensorBoard event files")
     out: str = option("runs/train", "run folder")

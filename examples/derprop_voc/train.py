@@ -34,6 +34,7 @@ from .similarity_maps import draw_similarity_maps
 from .state import State, check_resumable, make_state, read_checkpoint, restore
 
 LOG_EVERY = 10
+QUALITY_EVERY = 5  # steps; to score every step would take a quarter of a run on frozen features
 Batch = dict[str, Any]
 
 
@@ -358,10 +359,11 @@ class Trainer:
     def _terms(self, batch_l: Batch, batch_u: Batch | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Terms of Eq. 7 for one step, and facts for the log."""
         config, state, objective = self.config, self.state, self.objective
+        quality = self.quality if state.step % QUALITY_EVERY == 0 else None
         if batch_u is None:
             output = self.network(batch_l["image"])
-            if self.quality:
-                self.quality.labeled(output, batch_l["mask"], batch_l["valid"])
+            if quality:
+                quality.labeled(output, batch_l["mask"], batch_l["valid"])
             return objective.labeled(output, batch_l["mask"], batch_l["valid"]), {}
 
         # Pseudo-labels come from the back-propagated network.
@@ -375,8 +377,8 @@ class Trainer:
         pseudo = state.running.pseudo_labels(weak, valid, ramp)
         state.threshold.update(pseudo, valid)
         confident = pseudo.amax(1) >= state.threshold.value
-        if self.quality and "mask" in batch_u:
-            self.quality.unlabeled(weak, pseudo, state.threshold.value, batch_u["mask"], valid)
+        if quality and "mask" in batch_u:
+            quality.unlabeled(weak, pseudo, state.threshold.value, batch_u["mask"], valid)
 
         boxes = self._boxes(batch_u["weak"]).to(valid.device)
         strong, pseudo, weak_feats = (cutmix(x, boxes) for x in (batch_u["strong"], pseudo, weak.feats))
@@ -386,8 +388,8 @@ class Trainer:
         both: Output = self.network(torch.cat([batch_l["image"], strong]))
         halves = (len(batch_l["image"]), len(strong))
         half_l, half_u = map(Output, both.logits.split(halves), both.feats.split(halves))
-        if self.quality:
-            self.quality.labeled(half_l, batch_l["mask"], batch_l["valid"])
+        if quality:
+            quality.labeled(half_l, batch_l["mask"], batch_l["valid"])
         terms = objective.labeled(half_l, batch_l["mask"], batch_l["valid"])
         terms |= objective.unlabeled(half_u, pseudo, confident, weak_feats, valid)
         kept = global_mean((confident & valid).sum(), valid.sum())
