@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import math
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,17 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, ConfigError, add_config_arguments, make_config, read_yaml, values_from_arguments
-from .figures import INK, new_figure, write_figure
 from .files import write_bytes, write_json, write_yaml
 from .state import changed_options
-
-# What the table shows of every run: network, output, title.
-COLUMNS = (
-    ("trained", "prediction", "P"),
-    ("trained", "propagated", "P~"),
-    ("averaged", "prediction", "P, momentum"),
-    ("averaged", "propagated", "P~, momentum"),
-)
+from .tables import add_differences, details, draw_quality, markdown, summarise
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ def add_ablate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def ablate(arguments: argparse.Namespace) -> None:
-    """Runs what is missing of a grid and writes `table.md` and `table.json` into the output folder.
+    """Runs what is missing of a grid and writes its tables and curves into the output folder.
 
     Stopped at any moment, the same command goes on: finished runs are kept, an unfinished one resumes.
 
@@ -76,13 +66,15 @@ def ablate(arguments: argparse.Namespace) -> None:
     failed = run_all(missing, arguments.jobs)
     done = [job for job in jobs if is_done(job)]
     if done:
-        rows = summarise(done)
+        runs = [(job.variant, read_results(job)) for job in done]
+        rows = summarise(runs)
         if arguments.against in [row["variant"] for row in rows]:
             add_differences(rows, arguments.against)
         write_json(out / "table.json", {"rows": rows})
         write_bytes(out / "table.md", (markdown(rows) + "\n").encode())
-        draw_quality(out / "curves.png", done)
-        print(f"\n{markdown(rows)}\n\nWrote {out}/table.md, table.json and curves.png.")
+        write_bytes(out / "details.md", (details(rows) + "\n").encode())
+        draw_quality(out / "curves.png", runs)
+        print(f"\n{markdown(rows)}\n\nWrote {out}/table.md, details.md, table.json and curves.png.")
     if failed:
         raise ConfigError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}")
 
@@ -177,126 +169,7 @@ def _last_line(path: Path) -> str:
     return lines[-1] if lines else "no output"
 
 
-def summarise(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """One row a variant: options, seeds, the values of every column, their mean and sample standard deviation."""
-    rows: dict[str, dict[str, Any]] = {}
-    for job in jobs:
-        results = read_results(job)
-        row = rows.setdefault(
-            job.variant, {"variant": job.variant, "mode": results["evaluation"]["mode"], "seeds": [], "columns": {}}
-        )
-        row["seeds"].append(results["seed"])
-        for network, output, title in COLUMNS:
-            scores = results["last"][network]
-            if scores:
-                row["columns"].setdefault(title, {"values": []})["values"].append(scores[output]["miou"])
-        row.setdefault("seconds", []).append(results["seconds"]["train"])
-    for row in rows.values():
-        for column in row["columns"].values():
-            values = column["values"]
-            column["mean"] = statistics.mean(values)
-            column["std"] = statistics.stdev(values) if len(values) > 1 else None
-    return list(rows.values())
-
-
-def add_differences(rows: Sequence[dict[str, Any]], against: str) -> None:
-    """Adds to each row its differences from the row `against`, over the seeds that both have.
-
-    A column's difference has the mean of its values and that mean's standard error, their sample standard deviation
-    divided by the square root of their number. Pairs share lists, batches and initial weights, so what seeds have in
-    common falls out.
-    """
-    reference = next(row for row in rows if row["variant"] == against)
-    for row in rows:
-        columns = {}
-        for title in filter(reference["columns"].get, row["columns"]):
-            values = [dict(zip(of["seeds"], of["columns"][title]["values"], strict=True)) for of in (row, reference)]
-            pairs = {seed: value - values[1][seed] for seed, value in values[0].items() if seed in values[1]}
-            if pairs:
-                spread = statistics.stdev(pairs.values()) if len(pairs) > 1 else None
-                columns[title] = {
-                    "seeds": list(pairs),
-                    "values": list(pairs.values()),
-                    "mean": statistics.mean(pairs.values()),
-                    "error": None if spread is None else spread / math.sqrt(len(pairs)),
-                }
-        row["differences"] = {"against": against, "columns": columns}
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table, mIoU in percent, and a second one of their differences if they have any."""
-    titles = [title for _, _, title in COLUMNS]
-    lines = [f"| variant | seeds | {' | '.join(titles)} |", f"|---|---|{'---|' * len(titles)}"]
-    for row in rows:
-        cells = [_cell(row["columns"].get(title)) for title in titles]
-        lines.append(f"| {row['variant']} | {len(row['seeds'])} | {' | '.join(cells)} |")
-    compared = [row for row in rows if row.get("differences", {}).get("against", row["variant"]) != row["variant"]]
-    if compared:
-        against = compared[0]["differences"]["against"]
-        lines += ["", f"Less {against}, the mean over pairs of one seed ± its standard error:", ""]
-        lines += [f"| variant | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
-        for row in compared:
-            cells = [_difference(row["differences"]["columns"].get(title)) for title in titles]
-            lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def draw_quality(path: Path, jobs: Sequence[Job]) -> None:
-    """Writes learning curves, a plot a variant: mIoU on training crops, the mean over seeds.
-
-    What was not measured (`measure_pseudo_labels`) is left out; without any of it there is no picture.
-    """
-    curves: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for job in jobs:
-        for entry in read_results(job)["history"]:
-            if entry["kind"] == "pseudo":
-                for name, value in entry.items():
-                    if name not in ("step", "epoch", "kind"):
-                        of_variant = curves.setdefault(job.variant, {})
-                        of_variant.setdefault(name, {}).setdefault(entry["step"], []).append(value)
-    if not curves:
-        return
-    names = list(dict.fromkeys(name for of_variant in curves.values() for name in of_variant))
-    columns = min(3, len(curves))
-    rows = -(-len(curves) // columns)
-    figure = new_figure(3.6 * columns, 2.9 * rows + 0.6, layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    for axis in axes[len(curves) :]:
-        axis.set_axis_off()
-    for axis, (variant, of_variant) in zip(axes, curves.items(), strict=False):
-        for index, name in enumerate(names):
-            points = sorted((step, 100 * statistics.mean(values)) for step, values in of_variant.get(name, {}).items())
-            style = "--" if name.startswith("labeled") else "-"
-            axis.plot(
-                *zip(*points, strict=True) if points else ([], []), style, color=f"C{index}", linewidth=1.4, label=name
-            )
-        axis.set_title(variant, loc="left", fontsize=11, color=INK, fontweight="bold")
-        axis.grid(color="#e4e7ec", linewidth=0.6)
-        axis.tick_params(labelsize=8, colors=INK)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-    axes[columns * (rows - 1)].set_xlabel("optimiser step", fontsize=9, color=INK)
-    figure.supylabel("mIoU on training crops, percent", fontsize=9, color=INK)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
-    write_figure(path, figure)
-
-
 def read_results(job: Job) -> dict[str, Any]:
     """What a finished run wrote."""
     results: dict[str, Any] = json.loads((job.out / "results.json").read_text(encoding="utf-8"))
     return results
-
-
-def _cell(column: Mapping[str, Any] | None) -> str:
-    if column is None:
-        return "-"
-    spread = "" if column["std"] is None else f" ± {100 * column['std']:.1f}"
-    return f"{100 * column['mean']:.1f}{spread}"
-
-
-def _difference(column: Mapping[str, Any] | None) -> str:
-    if column is None:
-        return "-"
-    error = "" if column["error"] is None else f" ± {100 * column['error']:.1f}"
-    return f"{100 * column['mean']:+.1f}{error}"

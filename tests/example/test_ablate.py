@@ -8,20 +8,13 @@ import time
 import pytest
 
 from examples.derprop_voc import ablate as ablate_module
+from examples.derprop_voc import tables
 from examples.derprop_voc.__main__ import main
-from examples.derprop_voc.ablate import (
-    add_differences,
-    draw_quality,
-    is_done,
-    make_jobs,
-    markdown,
-    read_grid,
-    run_all,
-    summarise,
-)
+from examples.derprop_voc.ablate import is_done, make_jobs, read_grid, read_results, run_all
 from examples.derprop_voc.config import ConfigError, make_config
 from examples.derprop_voc.demo import CONFIGS
 from examples.derprop_voc.scenes import write_scenes
+from examples.derprop_voc.tables import add_differences, details, draw_quality, markdown
 from tests.example.options import TINY
 from tests.example.test_training import flags
 
@@ -29,7 +22,12 @@ GRID = {"a": {"variant": "supervised"}, "b": {"variant": "full", "scale": "degre
 
 
 def scores(value):
-    return {key: {"miou": value, "accuracy": value, "iou": {}} for key in ("prediction", "propagated", "blend")}
+    iou = {"road": value, "sky": None if value == 0.3 else 0.5}  # None: neither in the truth nor predicted
+    return {key: {"miou": value, "accuracy": value, "iou": iou} for key in ("prediction", "propagated", "blend")}
+
+
+def summarise(jobs):
+    return tables.summarise([(job.variant, read_results(job)) for job in jobs])
 
 
 def finish(job, trained, averaged=None):
@@ -41,7 +39,12 @@ def finish(job, trained, averaged=None):
         "evaluation": {"mode": "original"},
         "last": {"trained": scores(trained), "averaged": scores(averaged) if averaged is not None else None},
         "seconds": {"train": 1.0},
-        "history": [{"step": 3, "epoch": 1, "kind": "pseudo", "labeled_prediction": trained}],
+        "history": [
+            {"step": 2, "epoch": 1, "kind": "pseudo", "labeled_prediction": trained, "unlabeled_prediction": 0.01},
+            {"step": 2, "epoch": 1, "kind": "confident", "pseudo_share": 0.02},
+            {"step": 3, "epoch": 1, "kind": "pseudo", "labeled_prediction": trained, "unlabeled_prediction": trained},
+            {"step": 3, "epoch": 1, "kind": "confident", "pseudo_share": 0.25},
+        ],
     }
     (job.out / "results.json").write_text(json.dumps(results))
 
@@ -113,6 +116,34 @@ def test_table_has_means_and_standard_deviations(tmp_path):
     assert markdown(summarise(jobs[:1])).splitlines()[2] == "| a | 1 | 30.0 | 30.0 | - | - |"
 
 
+def test_details_are_of_classes_and_of_the_last_pseudo_labels(tmp_path):
+    jobs = make_jobs({}, GRID, [0, 1], tmp_path)
+    for job, value in zip(jobs, (0.3, 0.4, 0.6, 0.6), strict=True):
+        finish(job, value, 0.7 if job.variant == "b" else None)
+    text = details(summarise(jobs))
+    assert text.startswith(
+        """IoU of each class, P, mean over seeds:
+
+| variant | road | sky |
+|---|---|---|
+| a | 35.0 | 50.0 |
+| b | 60.0 | 50.0 |
+
+IoU of each class, P~, mean over seeds:
+"""
+    )
+    assert "IoU of each class, P~, momentum, mean over seeds:\n\n| variant | road | sky |\n|---|---|---|\n| b |" in text
+    assert text.endswith(
+        """Unlabelled crops, the last measurement of training:
+
+| variant | mIoU of P | of P~ | of P_bar | of P_bar above the threshold | share above it | accuracy above it |
+|---|---|---|---|---|---|---|
+| a | 35.0 ± 7.1 | - | - | - | 25.0 ± 0.0 | - |
+| b | 60.0 ± 0.0 | - | - | - | 25.0 ± 0.0 | - |"""
+    )
+    assert "| - |" in details(summarise(jobs[:1]))  # a class that no run saw
+
+
 def test_differences_are_of_pairs_of_one_seed(tmp_path):
     jobs = make_jobs({}, GRID, [0, 1, 2, 3], tmp_path)
     values = {
@@ -167,10 +198,10 @@ def test_curves_are_means_over_seeds(tmp_path, monkeypatch):
     for job, value in zip(jobs, (0.2, 0.4, 0.5, 0.5), strict=True):
         finish(job, value)
     figures = []
-    monkeypatch.setattr(ablate_module, "write_figure", lambda path, figure: figures.append(figure))
-    draw_quality(tmp_path / "curves.png", jobs)
+    monkeypatch.setattr(tables, "write_figure", lambda path, figure: figures.append(figure))
+    draw_quality(tmp_path / "curves.png", [(job.variant, read_results(job)) for job in jobs])
     lines = [axis.get_lines()[0].get_xydata().tolist() for axis in figures[0].axes]
-    assert lines == [[[3, pytest.approx(30)]], [[3, pytest.approx(50)]]]
+    assert lines == [[[step, pytest.approx(value)] for step in (2, 3)] for value in (30, 50)]
     assert [axis.get_title(loc="left") for axis in figures[0].axes] == ["a", "b"]
 
 
@@ -196,6 +227,7 @@ def test_a_failed_run_stops_no_other_and_the_command_goes_on_where_it_stopped(tm
     rows = json.loads((out / "table.json").read_text())["rows"]
     assert [(row["variant"], row["seeds"]) for row in rows] == [("good", [0])]
     assert "| good | 1 |" in (out / "table.md").read_text()
+    assert (out / "details.md").read_text() == details(rows) + "\n"
 
     written = (out / "good" / "seed_0" / "results.json").stat().st_mtime_ns
     assert main([*command, "--only", "good"]) == 0
