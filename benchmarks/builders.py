@@ -1,17 +1,13 @@
-"""The variants of every problem: ours first, then what stands beside it. Building makes inputs, running does the work.
-
-The plain formulas are what one would write from the paper's equations; they share no code with the library.
-"""
+"""The variants of every problem: ours first, then what else solves it. Building makes inputs, running does the work."""
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +17,9 @@ from dlprop import DerivativeLabelPropagation, DerivativeLoss, MomentumAverager
 from dlprop.affinity import Affinity, Linear, Softmax
 from dlprop.statistics import ClassStatistics
 
-OURS, PLAIN, COMPILED = "dlprop", "plain PyTorch", "plain PyTorch, compiled"
+from .plain import attention, plain_loss, plain_propagation, plain_softmax, unit
+from .problem import OURS, PLAIN, Kind, Problem, Variant, Variants, compared, step
+
 PLAIN_HIGHEST = "plain PyTorch at `highest`"
 PRODUCTS, THREE_PRODUCTS = "its two matrix products", "its three matrix products"
 MATRIX = "Eq. 4 as an M x M matrix"
@@ -32,189 +30,6 @@ SAME_OPERATIONS = "one matrix product of as many operations"
 ONE_PRODUCT_PER_ORDER = "one matrix product per order"
 ANCHORS = 1024  # of the sampled loss
 EDGE = 2048  # of the matrices of a product that does nothing but multiply
-REPEATED = (1 << 23) - 15  # odd, so that no two channels of an image are alike
-
-# "ours" and "equivalent" compute the same thing and must agree; "related" does the same work for another result;
-# "bound" is less than the task takes, such as its bare matrix products.
-Kind = Literal["ours", "equivalent", "related", "bound"]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes in the letters of the paper, and inputs, the same at every call.
-
-    ``grid`` is the features' grid where it is not that of the logits, ``eta`` the weight of the sparsity term, which a
-    comparison of results sets to 0: the sign of a second difference that is nearly 0 is rounding.
-    """
-
-    height: int
-    width: int
-    n: int = 1
-    D: int = 256
-    C: int = 21
-    grid: tuple[int, int] | None = None
-    eta: float = 0.5
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-
-    @property
-    def pixels(self) -> int:
-        return self.height * self.width
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Bytes of the similarities of all pairs of pixels."""
-        return self.n * self.pixels**2 * self.dtype.itemsize
-
-    def features(self, seed: int = 1) -> Tensor:
-        """Features (N, D, h, w) between 0 and 1, as after a ReLU."""
-        return self._drawn(torch.rand, (self.n, self.D, *(self.grid or (self.height, self.width))), seed)
-
-    def logits(self, seed: int = 2) -> Tensor:
-        """Normal numbers (N, C, H, W)."""
-        return self._drawn(torch.randn, (self.n, self.C, self.height, self.width), seed)
-
-    def labels(self, seed: int = 3) -> Tensor:
-        """Labels (N, H, W)."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(self.C, (self.n, self.height, self.width), generator=generator).to(self.device)
-
-    def _drawn(self, sampler: Callable[..., Tensor], shape: tuple[int, ...], seed: int) -> Tensor:
-        """Random numbers, which large tensors repeat: drawing those of a whole street image takes ten seconds."""
-        total = math.prod(shape)
-        block = sampler(min(total, REPEATED), generator=torch.Generator().manual_seed(seed))
-        if total > REPEATED:
-            block = block.repeat(-(-total // REPEATED))[:total]
-        return block.view(shape).to(self.device, self.dtype)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to solve a problem. ``run`` does the whole step and returns the output, or the value and gradients."""
-
-    run: Callable[[], tuple[Tensor, ...]] = tuple
-    kind: Kind = "equivalent"
-    needs: float = 0.0  # bytes beyond its inputs, where they may be more than there are
-    compiles: bool = False  # at the first run, which therefore says nothing about the time
-    sample: Callable[[], float] | None = None  # returns the seconds itself, where timing ``run`` is not the way
-
-
-Variants = dict[str, Variant]
-
-
-def step(
-    function: Callable[[], Tensor],
-    *trained: Tensor,
-    grad: Tensor | None = None,
-    kind: Kind = "equivalent",
-    **facts: Any,
-) -> Variant:
-    """A step that computes the value and its gradients in the ``trained`` tensors, or without any the value alone."""
-
-    def run() -> tuple[Tensor, ...]:
-        with torch.set_grad_enabled(bool(trained)):
-            out = function()
-        return (out.detach(), *(torch.autograd.grad(out, trained, grad) if trained else ()))
-
-    return Variant(run, kind, **facts)
-
-
-def compared(
-    ours: Callable[..., Tensor],
-    plain: Callable[..., Tensor],
-    tensors: tuple[Tensor, Tensor],
-    *trained: Tensor,
-    grad: Tensor | None = None,
-    needs: float,
-) -> Variants:
-    """Ours, the plain formula and what torch.compile makes of it; the formula needs so many bytes."""
-    compiled = torch.compile(plain, dynamic=False, fullgraph=True)
-    return {
-        OURS: step(lambda: ours(*tensors), *trained, grad=grad, kind="ours"),
-        PLAIN: step(lambda: plain(*tensors), *trained, grad=grad, needs=needs),
-        COMPILED: step(lambda: compiled(*tensors), *trained, grad=grad, needs=needs, compiles=True),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plain formulas.
-
-
-def unit(feats: Tensor) -> Tensor:
-    """Flat features whose channels sum to one in absolute value."""
-    return (feats / feats.abs().sum(dim=1, keepdim=True).clamp_min(1e-12)).flatten(2)
-
-
-def similarity(V: Tensor) -> Tensor:
-    """`S + D1S`, Eq. 1 and 9, as an M x M matrix."""
-    A = V.diff(dim=1)
-    return V.mT @ V + A.mT @ A
-
-
-def plain_propagation(logits: Tensor, feats: Tensor) -> Tensor:
-    """Eq. 4 as it reads."""
-    return (logits.flatten(2) @ similarity(unit(feats))).view_as(logits)
-
-
-def plain_softmax(logits: Tensor, feats: Tensor) -> Tensor:
-    """`L softmax(S, -1)`: every source spreads its logits over all targets."""
-    return (logits.flatten(2) @ similarity(unit(feats)).softmax(dim=-1)).view_as(logits)
-
-
-def plain_loss(feats: Tensor, target: Tensor, eta: float = 0.5, norm: Callable[[Tensor], Tensor] = torch.abs) -> Tensor:
-    """Eq. 8: a matrix of residuals for each order, and the sparsity. Against labels or, Eq. 9, another view."""
-    V = unit(feats)
-    A = V.diff(dim=1)
-    if target.is_floating_point():
-        W = unit(target)
-        B = W.diff(dim=1)
-        G = W.mT @ W, B.mT @ B
-    else:
-        y = target.flatten(1)
-        G = ((y[:, :, None] == y[:, None, :]).to(V.dtype),) * 2
-    return norm(V.mT @ V - G[0]).mean() + norm(A.mT @ A - G[1]).mean() + eta * A.diff(dim=1).abs().mean()
-
-
-def over_covariance(x: Tensor, covariance: Tensor, shrinkage: float) -> Tensor:
-    """`x (Sigma + shrinkage tr(Sigma) / D T)^{-1}`, `T = (I + A_1^T A_1)^{-1}` scaled to a mean diagonal of 1."""
-    identity = torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
-    A = identity.diff(dim=0)
-    T = torch.linalg.inv(identity + A.T @ A)
-    variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
-    return torch.linalg.solve(covariance + shrinkage * variance * T / T.diagonal().mean(), x.mT).mT
-
-
-def plain_discriminant(logits: Tensor, feats: Tensor) -> Tensor:
-    """Linear discriminant analysis of the image, with its prediction for soft labels."""
-    P, V = logits.flatten(2).softmax(dim=1), feats.flatten(2)
-    n, E = P.sum(dim=2, keepdim=True), V - V.mean(dim=2, keepdim=True)
-    means = P @ E.mT / (n + 1)
-    A = over_covariance(means, E @ E.mT / E.shape[2], 0.1)
-    bias = torch.log(n / E.shape[2] + 1e-4) - (A * means).sum(dim=2, keepdim=True) / 2
-    return (A @ E + bias).log_softmax(dim=1).view_as(logits)
-
-
-def plain_ridge(logits: Tensor, feats: Tensor) -> Tensor:
-    """The prediction fitted linearly by the features, with weighted pixels."""
-    P, V = logits.flatten(2).softmax(dim=1), feats.flatten(2)
-    w = (P * ((P.sum(dim=2, keepdim=True) + 1) / P.shape[2]) ** -0.5).sum(dim=1, keepdim=True)
-    w = w / w.sum(dim=2, keepdim=True)
-    shares, E = (P * w).sum(dim=2, keepdim=True), V - (V * w).sum(dim=2, keepdim=True)
-    B = over_covariance(((P - shares) * w) @ E.mT, (w * E) @ E.mT, 0.03)
-    fitted = (shares + B @ E).clamp_min(1e-6)
-    return torch.log(fitted / fitted.sum(dim=1, keepdim=True)).view_as(logits)
-
-
-def attention(logits: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """The same products under a softmax over the SOURCES of each target, `scaled_dot_product_attention`.
-
-    The values are padded to the channels of the keys: torch's streaming kernel wants them equal, and without it the
-    M x M matrix is formed and takes three times as long.
-    """
-    queries, keys = (x.mT.contiguous()[:, None] for x in (queries, keys))
-    values = F.pad(logits.flatten(2).mT, (0, keys.shape[3] - logits.shape[1]))[:, None]
-    out = F.scaled_dot_product_attention(queries, keys, values.contiguous(), scale=1.0)
-    return out[:, 0, :, : logits.shape[1]].mT.reshape(logits.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,20 +11,17 @@ from . import builders
 from .builders import (
     ATTENTION,
     BARE_PRODUCT,
-    COMPILED,
     COPIES,
     MATRIX,
     ONE_PRODUCT_PER_ORDER,
-    OURS,
-    PLAIN,
     PLAIN_HIGHEST,
     PRODUCTS,
     SAME_OPERATIONS,
     THREE_PRODUCTS,
     UNFOLD,
-    Problem,
-    Variants,
 )
+from .plain import plain_discriminant, plain_ridge
+from .problem import COMPILED, OURS, PLAIN, Problem, Variants
 
 # speedup: the other's time over ours, and share the same in per cent; cost: ours over the other's; peak: MiB beyond
 # inputs and results; slopes: the powers with which time and memory grow with the pixels.
@@ -74,8 +71,8 @@ LONG_SUMS = (1e-3, 1e-3)
 # The logarithm of a fitted probability near 0 magnifies its rounding.
 NEAR_ZERO = (1e-2, 1e-1)
 EDGES = (33, 57, 81, 129)
-DISCRIMINANT = partial(builders.closed_form, ours="discriminant", plain=builders.plain_discriminant)
-RIDGE = partial(builders.closed_form, ours="ridge", plain=builders.plain_ridge)
+DISCRIMINANT = partial(builders.closed_form, ours="discriminant", plain=plain_discriminant)
+RIDGE = partial(builders.closed_form, ours="ridge", plain=plain_ridge)
 
 
 def square(edge: int, n: int = 1) -> Problem:

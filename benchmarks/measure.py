@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .builders import Variant
 from .machine import synchronize
+from .problem import Variant
 
 Key = tuple[str, int]  # a variant and its pixels
 Round = Mapping[Key, float]  # seconds of each

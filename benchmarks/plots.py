@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .builders import OURS
+from .problem import OURS
 
 Results = dict[str, Any]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import machine, measure
-from .builders import OURS, PLAIN, Problem, Variant
 from .cases import ACCURACY, ACCURACY_EDGE, AT_LEAST, CASES, Case, Target
+from .problem import OURS, PLAIN, Problem, Variant
 
 Entry = dict[str, Any]
 TF32 = 30  # times the tolerance where products have 11 bits instead of 24

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .builders import OURS, PLAIN
 from .cases import ACCURACY_EDGE, CASES
 from .machine import ROOT
+from .problem import OURS, PLAIN
 
 Results = dict[str, Any]
 

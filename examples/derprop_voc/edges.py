@@ -13,96 +13,27 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from scipy.ndimage import distance_transform_cdt, maximum_filter, median_filter, minimum_filter
+from scipy.ndimage import median_filter
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from benchmarks.measure import peak_mib
-from dlprop import DerivativeLabelPropagation
-from dlprop.affinity import Softmax
 
 from .augment import to_input
-from .data import VOID, read_image, read_mask
-from .evaluate import jackknife_error
+from .boundaries import SCORES, compared, count, scores_of
+from .data import read_image, read_mask
 from .files import write_bytes, write_json
 from .measuring import Images, add_measuring_arguments, begin, make_images, run_name
 from .progress import make_bar
+from .refinement import Refinement
 
-BANDS = (0.02, 0.005)  # of the diagonal; Cheng et al. take the first
-SCORES = ("mIoU", "accuracy", *(f"boundary IoU, {100 * share:g} %" for share in BANDS))
 START = "bilinear P"  # what every method is compared with
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refinement:
-    """Scores averaged over a window of like colours, again and again; the defaults are near the best on CamVid.
-
-    Args:
-        sigma: of the Gaussian over colours, as a multiple of `deviation`.
-        deviation: "image": the image's mean local standard deviation; "pixel": that around the target, as in
-            pixel-adaptive refinement; "one": colours are in [0, 1] and sigma is absolute.
-        dilation: of the window's pixels.
-        radius: of the window, in dilations.
-        position: sigma in pixels of a Gaussian over the offsets; 0: none.
-        steps: how often.
-    """
-
-    sigma: float = 0.25
-    deviation: Literal["image", "pixel", "one"] = "image"
-    dilation: tuple[int, ...] = (1, 2, 4)
-    radius: int = 1
-    position: float = 0.0
-    steps: int = 10
-
-    def __call__(self, scores: Tensor, image: Tensor) -> Tensor:
-        """Refined scores (1, C, H, W), probabilities if they were, by the image (1, 3, H, W) in [0, 1].
-
-        Cost: 25 steps H W C multiplications for three dilations; memory O(H W C).
-        """
-        scale = torch.ones_like(image[:, :1])
-        if self.deviation != "one":
-            scale = local_deviation(image)
-            if self.deviation == "image":
-                scale = scale.mean((2, 3), keepdim=True).expand_as(scale)
-        scale = self.sigma * scale
-        feats = image - image.mean((2, 3), keepdim=True)
-        target_feats = None
-        affinity = Softmax(
-            over="sources",
-            similarity="dot" if self.deviation == "pixel" else "gaussian",
-            normalize=None,
-            weights=(1.0,),
-            radius=self.radius,
-            dilation=self.dilation,
-        )
-        if self.deviation == "pixel":  # -|v_i - v_j|^2 / (2 s_j^2) is a product of sources and targets, up to v_j^2
-            target_feats = torch.cat((feats, torch.ones_like(scale)), 1) / scale.square()
-            feats = torch.cat((feats, -feats.square().sum(1, keepdim=True) / 2), 1)
-        else:
-            feats = feats / scale
-        if self.position:
-            axes = (torch.arange(edge).to(image) / self.position for edge in image.shape[2:])
-            feats = torch.cat((feats, torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]), 1)
-        propagate = DerivativeLabelPropagation(affinity)
-        for _ in range(self.steps):
-            scores = propagate(scores, feats, target_feats)
-        return scores
-
-
-def local_deviation(image: Tensor) -> Tensor:
-    """Standard deviation of the colours in 9 x 9 pixels around each, (1, 1, H, W), at least 0.01."""
-    mean, square = (F.avg_pool2d(x, 9, 1, 4, count_include_pad=False) for x in (image, image.square()))
-    return (square - mean.square()).sum(1, keepdim=True).clamp_min(1e-4).sqrt()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Methods
 
 
 @dataclass(frozen=True)
@@ -222,71 +153,6 @@ ALSO: dict[str, Method] = {
     "on the feature grid, then upsampled": partial(refined_small, size=0, sigma=0.5, dilation=(1,), steps=1),
     "on the feature grid, 3 steps": partial(refined_small, size=0, sigma=0.5, dilation=(1,), steps=3),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores, as functions of counts that add over images
-
-
-def inner_distance(labels: np.ndarray) -> np.ndarray:
-    """(H, W): the steps, diagonal ones too, from each pixel to another class or out of the image.
-
-    That is one more than to the nearest pixel with a neighbour of another class.
-    """
-    low, high = (extreme(labels, 3, mode="constant", cval=-1) for extreme in (minimum_filter, maximum_filter))
-    return 1 + distance_transform_cdt(low == high, "chessboard")
-
-
-def count(labels: Tensor, truth: Tensor, num_classes: int) -> np.ndarray:
-    """The confusion matrix and, for each of `BANDS`, intersection and union of every class's band, in one row.
-
-    The band of a class are its pixels at most so far from its contour. Void of the truth is void of the prediction.
-    """
-    valid = (truth != VOID).numpy()
-    pair = [x.numpy() for x in (truth, labels.where(truth != VOID, VOID))]
-
-    def counted(ids: np.ndarray, where: np.ndarray, length: int = num_classes) -> np.ndarray:
-        return np.bincount(ids[where], minlength=length)
-
-    rows = [counted(num_classes * pair[0] + pair[1], valid, num_classes**2)]
-    distances = [inner_distance(x) for x in pair]
-    for share in BANDS:
-        width = max(1, round(share * float(np.hypot(*truth.shape))))
-        one, other = (valid & (distance <= width) for distance in distances)
-        both = counted(pair[0], one & other & (pair[0] == pair[1]))
-        rows += [both, counted(pair[0], one) + counted(pair[1], other) - both]
-    return np.concatenate(rows)
-
-
-def scores_of(counts: np.ndarray, num_classes: int) -> np.ndarray:
-    """`SCORES` (..., 4) in percent of counts (..., K); classes that are nowhere do not enter the means."""
-    confusion = counts[..., : num_classes**2].reshape(*counts.shape[:-1], num_classes, num_classes)
-    bands = counts[..., num_classes**2 :].reshape(*counts.shape[:-1], len(BANDS), 2, num_classes)
-    inside = np.diagonal(confusion, axis1=-2, axis2=-1)
-    union = confusion.sum(-1) + confusion.sum(-2) - inside
-    means = [
-        np.nanmean(np.where(whole > 0, part / np.maximum(whole, 1), np.nan), -1)
-        for part, whole in ((inside, union), *((bands[..., i, 0, :], bands[..., i, 1, :]) for i in range(len(BANDS))))
-    ]
-    accuracy = inside.sum(-1) / confusion.sum((-2, -1)).clip(1)
-    return 100 * np.stack((means[0], accuracy, *means[1:]), -1)
-
-
-def compared(counts: np.ndarray, control: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """The difference of `SCORES`, averaged over networks, and its standard error over images by the jackknife.
-
-    Args:
-        counts: (networks, images, K) of one method.
-        control: of another, on the same images.
-        num_classes: C.
-    """
-
-    def without(x: np.ndarray) -> np.ndarray:
-        return scores_of(x.sum(1, keepdims=True) - x, num_classes)
-
-    difference = (scores_of(counts.sum(1), num_classes) - scores_of(control.sum(1), num_classes)).mean(0)
-    left = (without(counts) - without(control)).mean(0)
-    return difference, jackknife_error(left)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,23 +10,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 from examples.derprop_voc import edges as command
+from examples.derprop_voc.boundaries import BANDS, compared, count, inner_distance, scores_of
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import VOID
-from examples.derprop_voc.edges import (
-    ALSO,
-    BANDS,
-    FAMILIES,
-    START,
-    Refinement,
-    Sample,
-    add_edges_arguments,
-    compared,
-    count,
-    edges,
-    inner_distance,
-    local_deviation,
-    scores_of,
-)
+from examples.derprop_voc.edges import ALSO, FAMILIES, START, Sample, add_edges_arguments, edges
+from examples.derprop_voc.refinement import Refinement, local_deviation
 from examples.derprop_voc.scenes import write_scenes
 from examples.derprop_voc.train import run
 from tests.example.options import TINY

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import __main__ as cli
 from benchmarks import measure, results, runner, table
-from benchmarks.builders import OURS, PLAIN, Problem, Variant
 from benchmarks.cases import CASES, Target
+from benchmarks.problem import OURS, PLAIN, Problem, Variant
 
 FULL = runner.Settings("cpu", "full")
 
