@@ -2,6 +2,10 @@
 
 import os
 
+# The tensors here are tiny: threads that wait for each other on shared cores cost ten times the arithmetic. This is for
+# BLAS and for the processes that tests start; torch has its own setting below.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -12,13 +16,11 @@ settings.register_profile("dev", max_examples=40, **_COMMON)
 settings.register_profile("ci", max_examples=40, derandomize=True, database=None, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-# The tensors here are tiny: threads that wait for each other on shared cores cost ten times the arithmetic.
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed_and_threads():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # every time: a command under test sets its own
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

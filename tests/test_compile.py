@@ -214,7 +214,7 @@ CAPTURED = {
     CASES,
     *("derivative_similarity", "propagation", "propagation softmax", "loss labels", "loss features"),
     *("propagation attention", "propagation window"),
-    exhaustive=CAPTURED,
+    exhaustive=CAPTURED | {"propagation softmax to targets", "propagation softmax gaussian", "loss frobenius labels"},
 )
 def test_compiles_into_one_graph_without_a_recompile_per_size(name):
     function, arguments = CASES[name]
