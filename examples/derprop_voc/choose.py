@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,27 @@ class Setting:
     Attributes:
         family: what it is a setting of.
         options: of a config, for `with_propagation` and for the file; of P, none.
+        is_blend: the mean of P, or of adjusted P, and of P~ is scored in the place of P~.
     """
 
     family: str
     options: Mapping[str, Any]
+    is_blend: bool = False
 
     @property
     def propagates(self) -> bool:
-        """Whether the row is P~."""
+        """Whether the row takes P~."""
         return "affinity" in self.options
 
     @property
     def tau(self) -> float:
         """Of the logit adjustment, 0 where there is none."""
         return float(self.options.get("tau", 0.0))
+
+    @property
+    def output(self) -> str:
+        """What `predict` and `evaluate` call it."""
+        return "blend" if self.is_blend else "propagated" if self.propagates else "prediction"
 
     @property
     def name(self) -> str:
@@ -83,26 +91,20 @@ def make_settings() -> list[Setting]:
         return {"affinity": "discriminant", "across": across, **options}
 
     of = {"image": "the image", "data": "all images"}
-    return [
-        Setting(P, {}),
-        *(Setting(CONTROL, {"tau": tau}) for tau in (0.25, 0.5, 0.75, 1.0)),
-        *(
-            Setting("ridge", {"affinity": "ridge", "shrinkage": shrinkage, "balance": balance})
-            for shrinkage in (0.03, 0.3)
-            for balance in (0.0, 0.5, 1.0)
-        ),
-        *(
-            Setting(f"discriminant of {of[across]}", discriminant(across, shrinkage=shrinkage))
-            for across in of
-            for shrinkage in (0.03, 0.1, 0.3, 1.0)
-        ),
-        *(
-            Setting(f"discriminant of {of[across]} on adjusted P", discriminant(across, shrinkage=shrinkage, tau=tau))
-            for across in of
-            for tau in (0.25, 0.5)
-            for shrinkage in (0.1, 1.0)
-        ),
-    ]
+    found = [Setting(P, {}), *(Setting(CONTROL, {"tau": tau}) for tau in (0.25, 0.5, 0.75, 1.0))]
+    for balance in (0.0, 0.5, 1.0):
+        found.append(Setting("ridge", {"affinity": "ridge", "shrinkage": 0.3, "balance": balance}))
+    for tau in (0.0, 0.25, 0.5):
+        prediction, adjust = ("adjusted P", {"tau": tau}) if tau else ("P", {})
+        for across, is_blend in product(of, (False, True)):
+            family = f"discriminant of {of[across]}"
+            if is_blend:
+                family = f"mean of {prediction} and {family}"
+            elif tau:
+                family = f"{family} on {prediction}"
+            for shrinkage in (0.1, 1.0):
+                found.append(Setting(family, discriminant(across, shrinkage=shrinkage, **adjust), is_blend))
+    return found
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -188,23 +190,24 @@ def measure(
         config = with_propagation(finished.config, setting.options)
         adjust = partial(adjusted, prior=of_tau[0.0].prior, tau=tau_of(config))
         propagate = pooled_propagation(config, of_tau[setting.tau]) if setting.propagates else None
-        methods[setting.name] = (adjust, propagate)
+        methods[setting.name] = (adjust, propagate, setting.is_blend)
     found: dict[str, list[np.ndarray]] = {setting.name: [] for setting in settings}
     with make_bar(len(items), "settings") as bar:
         for item, output in zip(items, kept, strict=True):
             truth = torch.from_numpy(read_mask(item))
-            for name, (adjust, propagate) in methods.items():
+            for name, (adjust, propagate, is_blend) in methods.items():
                 logits = adjust(output.logits)
+                scores = logits.softmax(1)
                 if propagate is not None:
-                    logits = propagate(logits, output.feats)
-                found[name].append(confusion(_labels(logits, truth), truth, C))
+                    propagated = propagate(logits, output.feats).softmax(1)
+                    scores = (scores + propagated) / 2 if is_blend else propagated
+                found[name].append(confusion(_labels(scores, truth), truth, C))
             bar.update()
     return {name: np.stack(rows) for name, rows in found.items()}
 
 
-def _labels(logits: Tensor, truth: Tensor) -> Tensor:
-    size = tuple(truth.shape)
-    return F.interpolate(logits.softmax(1), size, mode="bilinear", align_corners=True)[0].max(0).indices.cpu()
+def _labels(scores: Tensor, truth: Tensor) -> Tensor:
+    return F.interpolate(scores, tuple(truth.shape), mode="bilinear", align_corners=True)[0].max(0).indices.cpu()
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -231,6 +234,7 @@ def choose_setting(settings: Sequence[Setting], found: Mapping[str, np.ndarray])
         rows[setting.name] = {
             "family": setting.family,
             "options": dict(setting.options),
+            "output": setting.output,
             "miou": float(mean_iou(confusions.sum(0))),
             "gain": to_p,
             "error": error,
@@ -331,4 +335,7 @@ def choose(arguments: argparse.Namespace) -> None:
     write_yaml(out / "chosen.yaml", config_of(chosen))
     table = markdown(result)
     write_bytes(out / "choose.md", table.encode())
-    print(f"{table}\nWrote {out / 'chosen.yaml'}, which train, evaluate and predict take with --config")
+    print(
+        f"{table}\nWrote {out / 'chosen.yaml'}, which train, evaluate and predict take with --config; "
+        f"predict with --output {chosen.output}, too"
+    )

@@ -28,7 +28,7 @@ from .choice import (
 )
 from .config import Config, ConfigError
 from .data import check_image, read_image
-from .evaluate import predict
+from .evaluate import OUTPUTS, predict
 from .figures import FRAME, INK, new_figure, write_figure
 from .files import write_bytes
 from .panels import class_colours
@@ -47,7 +47,10 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     add_network_argument(parser)
     parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="its jpg, jpeg and png files")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="another folder, for the pictures")
-    parser.add_argument("--propagated", action="store_true", help="take P~ instead of P, or of P by --tau")
+    parser.add_argument(
+        "--output", choices=OUTPUTS, default="prediction",
+        help="P, P~ or the mean of their probabilities, all of them by --tau (%(default)s)",
+    )  # fmt: skip
     add_propagation_arguments(parser)
     parser.add_argument("--mode", choices=MODES, help="default: sliding_window if the run is evaluated so")
     parser.add_argument("--window", type=int, help="edge of the windows (default: the run's crop_size)")
@@ -90,14 +93,14 @@ def make_labels(
     windows: dict[str, Any] = {"mode": mode, "window": arguments.window or config.crop_size}
     read, write = arguments.read_statistics, arguments.write_statistics
     pooled = None
-    if arguments.propagated or tau_of(settings) or read or write:  # P itself needs no pass before
+    if arguments.output != "prediction" or tau_of(settings) or read or write:  # P itself needs no pass before
         every = Images(lambda index: read_image(images[index], size), len(images))
         pooled = pool_for(finished, name, settings, every, read=read, write=write is not None, **windows)
     if write and pooled is not None:
         write_statistics(write, {key_of(finished, name): pooled}, finished.class_names, len(images))
     propagate = pooled_propagation(settings, pooled, add_own=read is not None)
     adjust = pooled.adjust if pooled else None
-    shown = "propagated" if arguments.propagated else "adjusted" if adjust else "prediction"
+    shown = "adjusted" if adjust and arguments.output == "prediction" else arguments.output
 
     def label(image: Tensor) -> Tensor:
         worked = TF.resize(image, list(size), antialias=True) if size else image

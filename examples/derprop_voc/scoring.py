@@ -28,7 +28,7 @@ from .pooled import Images, key_of, pool_for, pooled_propagation, tau_of, write_
 
 DATA_OPTIONS = ("dataset", "data", "partition")
 OF_LISTS = (*DATA_OPTIONS, "download", "sbd", "num_classes", "class_names")
-SHOWN = {"prediction": "P", "adjusted": "P adj.", "propagated": "P~"}
+SHOWN = {"prediction": "P", "adjusted": "P adj.", "propagated": "P~", "blend": "mean"}
 Value = TypeVar("Value")
 
 
@@ -193,10 +193,11 @@ def table(results: Mapping[str, Any]) -> str:
         *((" " * first + head).rstrip() for head in heads),
         *(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows),
         "",
-        "P: prediction. P~: the same logits propagated. -: a class in neither truth nor prediction, not in the mean.",
+        "P: prediction. P~: the same logits propagated. mean: of the probabilities of both. -: a class in neither "
+        "truth nor prediction, not in the mean over classes.",
     ]
     if "adjusted" in shown:
-        lines.append("P adj.: by the class shares of P over all images, with --tau; P~ is then of these logits.")
+        lines.append("P adj.: by the class shares of P over all images, with --tau; P~ and the mean are then of these.")
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,8 @@
 """`shift`: what statistics of new images are worth to a trained network, without a label and without training.
 
 Networks are tested on the validation images of their own data set or of another one, whose classes are mapped. P is
-compared with logit adjustment and with the discriminant, by class shares and statistics of each image alone, of groups
-of consecutive images, and of all. No option is chosen here.
+compared with logit adjustment, with the discriminant and with its mean with P, by class shares and statistics of each
+image alone, of groups of consecutive images, and of all. No option is chosen here.
 """
 
 import argparse
@@ -157,7 +157,7 @@ def row_name(method: str, size: int) -> str:
 
 
 def measure(images: Images, classes: ClassMap, *, tau: float, shrinkage: float) -> dict[str, np.ndarray]:
-    """The confusion matrix (T, T) of P and of both methods for every size of `GROUPS`, over all images."""
+    """The confusion matrix (T, T) of P and of the methods for every size of `GROUPS`, over all images."""
     statistics, n, T = group_statistics(images), len(images.items), len(classes.names)
     found: dict[str, np.ndarray] = {}
     with make_bar(n, f"{images.name}: scores") as bar:
@@ -173,6 +173,11 @@ def measure(images: Images, classes: ClassMap, *, tau: float, shrinkage: float) 
             for size, group in groups.items():
                 affinity = Alone(Discriminant(shrinkage=shrinkage, statistics=group))
                 rows[row_name("discriminant", size)] = DerivativeLabelPropagation(affinity)(*output)
+            for size in groups:
+                both = torch.logaddexp(
+                    output.logits.log_softmax(1), rows[row_name("discriminant", size)].log_softmax(1)
+                )
+                rows[row_name("mean of P and discriminant", size)] = both
             for name, logits in rows.items():
                 scores = F.interpolate(
                     classes.probabilities(logits), tuple(truth.shape), mode="bilinear", align_corners=True

@@ -30,6 +30,7 @@ SETTINGS = [
     Setting(CONTROL, {"tau": 0.5}),
     Setting("discriminant", {"affinity": "discriminant", "across": "data", "shrinkage": 0.1}),
     Setting("both", {"affinity": "discriminant", "across": "data", "shrinkage": 0.3, "tau": 0.5}),
+    Setting("mean", {"affinity": "discriminant", "across": "data", "shrinkage": 0.3, "tau": 0.5}, is_blend=True),
 ]
 
 
@@ -72,15 +73,24 @@ def images_with(share, count=24, spread=0.0):
 @pytest.mark.parametrize(
     ("shares", "chosen", "reason"),
     [
-        ((0.5, 0.6, 0.7, 0.65), "discriminant, shrinkage 0.1", "above the best control, logit adjustment, tau 0.5"),
-        ((0.5, 0.6, 0.6, 0.55), "logit adjustment, tau 0.5", "Nothing that propagates beats the best control"),
-        ((0.6, 0.5, 0.55, 0.55), "P", "Nothing that propagates beats the best control (P) by 2 standard errors"),
-        ((0.6, 0.601, 0.55, 0.55), "P", "so P stays as it is"),
+        (
+            (0.5, 0.6, 0.7, 0.65, 0.6),
+            "discriminant, shrinkage 0.1",
+            "above the best control, logit adjustment, tau 0.5",
+        ),
+        (
+            (0.5, 0.6, 0.7, 0.65, 0.8),
+            "mean, shrinkage 0.3, tau 0.5",
+            "above the best control, logit adjustment, tau 0.5",
+        ),
+        ((0.5, 0.6, 0.6, 0.55, 0.5), "logit adjustment, tau 0.5", "Nothing that propagates beats the best control"),
+        ((0.6, 0.5, 0.55, 0.55, 0.5), "P", "Nothing that propagates beats the best control (P) by 2 standard errors"),
+        ((0.6, 0.601, 0.55, 0.55, 0.5), "P", "so P stays as it is"),
     ],
 )
 def test_what_propagates_has_to_beat_the_control_by_two_standard_errors(shares, chosen, reason):
     # The last setting of all is far from the others on every second image, so that nothing is certain of it.
-    spreads = (0, 40, 0, 0)
+    spreads = (0, 40, 0, 0, 0)
     found = {
         setting.name: images_with(share, spread=spread)
         for setting, share, spread in zip(SETTINGS, shares, spreads, strict=True)
@@ -111,15 +121,21 @@ def finished(tmp_path_factory):
     return data, out
 
 
-def test_choose_scores_what_evaluate_does_and_its_file_is_taken(finished, tmp_path, monkeypatch):
+def test_choose_scores_what_evaluate_does_and_its_file_is_taken(finished, tmp_path, monkeypatch, capsys):
     data, out = finished
     monkeypatch.setattr(command, "make_settings", lambda: SETTINGS)
     val = data / "ImageSets" / "Segmentation" / "val.txt"
     assert main(["choose", "--run", str(out), "--images", str(val), "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "choose.json").read_text())
-    assert (result["images"], set(result["rows"])) == (3, {setting.name for setting in SETTINGS})
+    assert (result["images"], list(result["rows"])) == (3, [setting.name for setting in SETTINGS])
+    output = next(setting.output for setting in SETTINGS if setting.name == result["chosen"])
+    assert f"predict with --output {output}, too" in capsys.readouterr().out
     assert "| P | " in (tmp_path / "choose.md").read_text()
-    for setting, key in zip(SETTINGS, ("prediction", "adjusted", "propagated", "propagated"), strict=True):
+    outputs = [setting.output for setting in SETTINGS]
+    assert outputs == ["prediction", "prediction", "propagated", "propagated", "blend"]
+    assert [row["output"] for row in result["rows"].values()] == outputs
+    for setting, output in zip(SETTINGS, outputs, strict=True):
+        key = "adjusted" if setting.tau and not setting.propagates else output
         flags = [part for name, value in setting.options.items() for part in (f"--{name}", str(value))]
         scores = tmp_path / "scores.json"
         assert main(["evaluate", "--run", str(out), *flags, "--out", str(scores)]) == 0

@@ -283,9 +283,9 @@ def test_evaluate_and_predict_agree_through_a_confusion_matrix(finished, scenes,
     assert len({json.dumps(scores) for entry in results["checkpoints"] for scores in entry["networks"].values()}) == 4
 
     images, truth = validation(scenes, tmp_path)
-    for propagated in (False, True):
-        folder = tmp_path / f"predicted_{propagated}"
-        flags = ["--network", network, *options, *(["--propagated"] if propagated else [])]
+    for index, output in enumerate(KEYS):
+        folder = tmp_path / output
+        flags = ["--network", network, *options, *(["--output", output] if index else [])]
         source = ["--checkpoint", str(finished / f"{file}.pt"), "--images", str(images), "--out", str(folder)]
         assert main(["predict", *source, *flags]) == 0
         assert {path.name for path in folder.iterdir()} == {
@@ -297,12 +297,12 @@ def test_evaluate_and_predict_agree_through_a_confusion_matrix(finished, scenes,
         assert len(np.unique(masks)) > 2
         expected = confusion_iou(masks, list(truth.values()), len(CLASS_NAMES))
         name = "averaged" if network == "tested" else network
-        scores = checkpoint["networks"][name]["propagated" if propagated else "prediction"]
+        scores = checkpoint["networks"][name][output]
         found = [np.nan if value is None else value for value in scores["iou"].values()]
         np.testing.assert_allclose(found, expected, atol=1e-6)
         assert scores["miou"] == pytest.approx(np.nanmean(expected), abs=1e-6)
         # The table's column of this checkpoint, network and output.
-        column = 1 + 4 * (file == "best") + 2 * (name == "averaged") + propagated
+        column = 1 + 6 * (file == "best") + 3 * (name == "averaged") + index
         rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
         cells = [rows[label][column] for label in (*CLASS_NAMES, "mean")]
         assert cells == ["-" if np.isnan(value) else f"{100 * value:.1f}" for value in (*found, scores["miou"])]
@@ -569,7 +569,7 @@ def test_statistics_of_a_folder_are_kept_read_and_used_alike(finished, scenes, t
     assert main(["evaluate", *where, *options, "--read-statistics", str(kept)]) == 0
     assert json.loads(out.read_text())["checkpoints"] == made
     scores = made[0]["networks"]["averaged"]
-    assert len({scores[key]["miou"] for key in ("prediction", "adjusted", "propagated")}) == 3
+    assert len({scores[key]["miou"] for key in ("prediction", "adjusted", "propagated", "blend")}) == 4
     assert main(["evaluate", *where, "--affinity", "discriminant", "--across", "image"]) == 0
     alone = json.loads(out.read_text())["checkpoints"][0]["networks"]["averaged"]
     assert (alone["prediction"], "adjusted" in alone) == (scores["prediction"], False)
@@ -577,7 +577,8 @@ def test_statistics_of_a_folder_are_kept_read_and_used_alike(finished, scenes, t
 
     images, truth = validation(scenes, tmp_path)
     for name, flags in (
-        ("propagated", [*options, "--propagated"]),
+        ("propagated", [*options, "--output", "propagated"]),
+        ("blend", [*options, "--read-statistics", str(kept), "--output", "blend"]),
         ("adjusted", [*options, "--read-statistics", str(kept)]),
     ):
         folder = tmp_path / f"{name}_{len(flags)}"

@@ -90,14 +90,18 @@ def test_each_group_is_judged_by_its_own_statistics(trained):
         together = DerivativeLabelPropagation(Discriminant(shrinkage=0.2, across="batch"))
         outputs = [forward(images, index) for index in range(6)]
         for size, name in ((1, "each image"), (4, "4 images"), (6, "all images")):
-            counts = np.zeros_like(found["P"])
+            counts, of_mean = np.zeros_like(found["P"]), np.zeros_like(found["P"])
             for part in groups_of(6, size):
                 logits, feats = (torch.cat(x) for x in zip(*outputs[part], strict=True))
-                for logit, item in zip(together(logits, feats), images.items[part], strict=True):
+                for own, logit, item in zip(logits, together(logits, feats), images.items[part], strict=True):
                     truth = torch.from_numpy(command.read_mask(item))
                     counts += command.confusion(logit.max(0).indices, truth, len(classes.names))
+                    mean = (own.softmax(0) + logit.softmax(0)) / 2
+                    of_mean += command.confusion(mean.max(0).indices, truth, len(classes.names))
             # A pixel or two may be a tie that rounding decides.
             assert np.abs(found[f"discriminant, {name}"] - counts).sum() <= 4
+            assert np.abs(found[f"mean of P and discriminant, {name}"] - of_mean).sum() <= 4
+            assert np.abs(counts - of_mean).sum() > 8
 
 
 def test_shift_agrees_with_evaluate_and_goes_on(trained, tmp_path, capsys, monkeypatch):
