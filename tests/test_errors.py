@@ -1,6 +1,7 @@
 """Every mistake a user can make: the error's kind, and that it names the argument, what was expected and what came."""
 
 import re
+from collections import OrderedDict
 from functools import partial
 
 import numpy as np
@@ -186,7 +187,7 @@ def affinity_rows():
                 yield f"{name} None", cls, {name: None}, ValueError, name, None, *OPTIONS[name]
         for weights in ([], ()):
             yield f"weights={weights}", cls, {"weights": weights}, ValueError, "weights", "at least one"
-        yield "weights number", cls, {"weights": 1.0}, TypeError, "weights", "sequence", "float"
+        yield "weights number", cls, {"weights": 1.5}, TypeError, "weights", "sequence", "float", "(1.5,)"
         yield "weights None", cls, {"weights": None}, TypeError, "weights", "sequence", "NoneType"
         yield "weights string", cls, {"weights": "11"}, TypeError, "weights", "sequence", "str"
         yield "weights tensor", cls, {"weights": torch.ones(2)}, TypeError, "weights", "sequence", "Tensor"
@@ -301,9 +302,10 @@ def tensor_rows():
     yield "logits type", (None, V), {}, TypeError, "logits", "torch.Tensor", "NoneType"
     yield "feats type", (L, [V]), {}, TypeError, "feats", "torch.Tensor", "list"
     yield "target type", (L, V, 3), {}, TypeError, "target_feats", "torch.Tensor", "int"
-    yield "logits integer", (L.long(), V), {}, TypeError, "logits", "torch.int64"
+    yield "logits integer", (L.long(), V), {}, TypeError, "logits", "torch.int64", "F.one_hot"
+    yield "logits of torchvision", (OrderedDict(out=L), V), {}, TypeError, "logits", "OrderedDict", '["out"]'
     yield "feats integer", (L, V.int()), {}, TypeError, "feats", "torch.int32"
-    yield "target bool", (L, V, V.bool()), {}, TypeError, "target_feats", "torch.bool"
+    yield "target bool", (L, V, V.bool()), {}, TypeError, "target_feats", "torch.bool", "mask="
     yield "logits 2-d", (L[0, 0], V), {}, ValueError, "logits", "(6, 8)", "(N, C, H, W)", "(N, C, M)"
     yield "feats 5-d", (L, V[None]), {}, ValueError, "feats", "(1, 2, 5, 3, 4)", "(N, D, H, W)", "(N, D, M)"
     yield "target 2-d", (L, V, V[0, 0]), {}, ValueError, "target_feats", "(3, 4)"

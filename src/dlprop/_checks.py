@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,10 @@ def choice(name: str, value: Any, kind: Any) -> Any:
 def weights_of_orders(weights: Any) -> tuple[float, ...]:
     """Return the weights of the orders 0..Q as a tuple of at least one float."""
     if isinstance(weights, (str, bytes, Tensor)) or not isinstance(weights, Sequence):
-        raise TypeError(f"weights must be a sequence of floats, one for each order 0..Q, got {type(weights).__name__}")
+        way_out = f"; for order 0 alone write ({weights},)" if isinstance(weights, (int, float)) else ""
+        raise TypeError(
+            f"weights must be a sequence of floats, one for each order 0..Q, got {type(weights).__name__}{way_out}"
+        )
     if not weights:
         raise ValueError("weights must hold at least one float, the weight of order 0, got none")
     return tuple(real(f"weights[{q}]", w) for q, w in enumerate(weights))
@@ -78,13 +81,19 @@ def weights_of_orders(weights: Any) -> tuple[float, ...]:
 def floating(name: str, x: Any) -> None:
     """Raise unless ``x`` is a floating-point tensor."""
     if not isinstance(x, Tensor):
-        came = type(x).__name__
-        way_out = {"ndarray": "; use torch.from_numpy", "dict": ', if from a torchvision model take its ["out"]'}
-        raise TypeError(f"{name} must be a torch.Tensor, got {came}{way_out.get(came, '')}")
+        came, way_out = type(x).__name__, ""
+        if isinstance(x, Mapping):
+            way_out = ', if from a torchvision model take its ["out"]'
+        elif came == "ndarray":
+            way_out = "; use torch.from_numpy"
+        raise TypeError(f"{name} must be a torch.Tensor, got {came}{way_out}")
     if not x.is_floating_point() or x.dtype.itemsize < 2:
-        raise TypeError(
-            f"{name} must have a floating-point dtype of 16 bits or more, got {x.dtype}; convert it with {name}.float()"
-        )
+        way_out = f"convert it with {name}.float()"
+        if x.dtype == torch.bool:
+            way_out = "a mask of sources is given by name, mask=..."
+        elif name == "logits" and not x.is_floating_point():
+            way_out = "make class ids one-hot, F.one_hot(ids, C).movedim(-1, 1).float()"
+        raise TypeError(f"{name} must have a floating-point dtype of 16 bits or more, got {x.dtype}; {way_out}")
 
 
 def pixels(name: str, x: Any, axes: str = "N, D, H, W") -> None:
