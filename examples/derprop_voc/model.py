@@ -187,7 +187,9 @@ def read_weights(path: Path, model: nn.Module, needed: list[str]) -> None:
     for key in needed:
         # Files older than torch 0.4.1 lack the counters of batch normalisation; nothing here reads them.
         if key not in found and not key.endswith("num_batches_tracked"):
-            raise ConfigError(f"weights: {path} lacks {key}, which the backbone needs")
+            raise ConfigError(
+                f"weights: {path} lacks {key}, which the backbone needs; is it of another one (--backbone)?"
+            )
         if key in found and found[key].shape != expected[key].shape:
             shapes = f"{list(expected[key].shape)}, found {list(found[key].shape)}"
             raise ConfigError(f"weights: {path}: {key}: expected shape {shapes}")

@@ -21,14 +21,12 @@ from torch.nn import functional as F
 from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Softmax
 
-from .augment import to_input
-from .choice import add_machine_arguments, add_network_argument, checkpoint_files, load_finished, make_device
-from .complete import backbone_features, network_features
-from .config import Config, ConfigError
+from .choice import add_machine_arguments
+from .complete import add_features_arguments, make_describe, mask_of
+from .config import ConfigError
 from .data import VOID, check_image, check_mask, read_image, read_list, read_mask
 from .evaluate import make_metric, summarise
 from .files import write_json
-from .frozen import FrozenNetwork
 from .panels import class_colours
 from .predict_folder import draw_legend, list_images, overlay, palette_image, write_png
 from .progress import make_bar
@@ -198,17 +196,12 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--masks", type=Path, metavar="FOLDER",
-        help=f"<stem>.png with class ids ({VOID}: none) of the given frames; of others they are used for scores only "
-        "(default: the list's own)",
+        help=f"<stem>.png or <stem>_mask.png with class ids ({VOID}: none) of the given frames; of others they are "
+        "used for scores only (default: the list's own)",
     )  # fmt: skip
     parser.add_argument("--given", nargs="+", metavar="NAME", help="frames whose mask is used (default: the first)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for masks, overlays and scores")
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="run folder of a network; without, a backbone")
-    parser.set_defaults(checkpoint=None)
-    add_network_argument(parser)
-    parser.add_argument("--backbone", default="timm/tf_efficientnet_lite0", help="without --run (%(default)s)")
-    parser.add_argument("--weights", default="none", help="of the backbone: timm, or a file; see the README")
-    parser.add_argument("--num-classes", type=int, default=0, help="without --run; 0: the largest given label plus one")
+    add_features_arguments(parser)
     add_carrying_arguments(parser)
     parser.add_argument("--alpha", type=float, default=0.5, help="opacity of an overlay's colours (%(default)s)")
     add_machine_arguments(parser)
@@ -224,7 +217,7 @@ def add_carrying_arguments(parser: argparse.ArgumentParser) -> None:
         "every": "of how many predicted frames one is remembered",
         "labels": "what these give",
         "threshold": "of confident labels",
-        "doubt": "how much less predicted frames count, as a logarithm",
+        "doubt": "a predicted frame counts exp(-doubt) times as much as a given one",
         "trust": "exponent of the network's prediction; 0: leave it out",
     }
     for item in fields(Carrying):
@@ -252,29 +245,18 @@ def video(arguments: argparse.Namespace) -> None:
     unknown = [name for name in chosen if name not in numbers]
     if unknown:
         raise ConfigError(f"given: expected names of frames, such as {items[0].name}, got {unknown[0]}")
-    highest = max(check_mask(items[numbers[name]], VOID) for name in chosen)
+    way_out = "" if arguments.given else "; frames go by their names, --given says which are labelled"
+    highest = max(check_mask(items[numbers[name]], VOID, way_out) for name in chosen)
     if highest < 0:
         raise DataError(f"{items[numbers[chosen[0]]].mask}: expected labelled pixels, found only void ({VOID})")
-
-    device = make_device(arguments.accelerator, arguments.threads)
-    size: Sequence[int] = ()
-    if arguments.run is None:
-        if arguments.weights == "none":
-            raise ConfigError("weights: expected the backbone's, timm or a file: features of a random one say nothing")
-        names = tuple(map(str, range(arguments.num_classes or highest + 1)))
-        config = Config(backbone=arguments.backbone, weights=arguments.weights, freeze_backbone=True)
-        of_image = backbone_features(FrozenNetwork(config, len(names)).to(device).eval())
-    else:
-        (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
-        names, size = finished.class_names, finished.config.image_size
-        of_image = network_features(finished.network(arguments.network))
-    if highest >= len(names):
-        raise DataError(
-            f"{arguments.masks or arguments.frames}: expected labels 0 to {len(names) - 1}, found {highest}"
+    if highest == 0:
+        print(
+            f"note: the given masks hold class 0 alone, so that is all there is to carry; {VOID} is no class but void"
         )
+    names, device, of_image = make_describe(arguments, highest, arguments.masks or arguments.frames)
 
     def describe(number: int) -> Described:
-        feats, logits = of_image(to_input(read_image(items[number].image, size))[None].to(device))
+        feats, logits = of_image(items[number].image)
         return feats, None if logits is None else logits.softmax(1)
 
     given = {numbers[name]: torch.from_numpy(read_mask(items[numbers[name]])).to(device) for name in chosen}
@@ -315,12 +297,14 @@ def find_frames(place: Path, masks: Path | None) -> list[Item]:
     if place.is_dir():
         if masks is None:
             raise ConfigError("masks: expected the folder of the given frames' masks, got none")
-        items = [Item(path.stem, path, masks / f"{path.stem}.png") for path in list_images(place)]
+        items = [Item(path.stem, path, mask_of(masks, path.stem)) for path in list_images(place)]
     else:
+        if not place.is_file():
+            raise ConfigError(f"frames: expected a folder of images, or a list of them, found no {place}")
         root = next((path for path in place.resolve().parents if (path / "JPEGImages").is_dir()), place.parent)
         items = read_list(place, root)
         if masks is not None:
-            items = [Item(item.name, item.image, masks / f"{item.name}.png") for item in items]
+            items = [Item(item.name, item.image, mask_of(masks, item.name)) for item in items]
     size = check_image(items[0].image)
     for item in items:
         found = check_image(item.image)

@@ -171,10 +171,14 @@ def test_what_a_folder_may_lack(folders, trained, capsys):
         assert message in capsys.readouterr().err
         assert not out.exists()
 
-    refused(message="weights: expected the backbone's")
+    refused(message="weights: expected a file of the backbone's")
     refused("--run", str(trained), "--steps", "0", message="steps: expected")
     Image.fromarray(np.full((40, 48), VOID, np.uint8)).save(first)
     refused("--run", str(trained), message=f"{first}: expected at least one labelled pixel")
+    Image.fromarray(np.zeros((40, 48), np.uint8)).save(first)
+    assert complete(folders, "--run", str(trained)) == 0
+    assert f"note: {first} labels every pixel" in capsys.readouterr().out
+    shutil.rmtree(out)
     Image.fromarray(np.zeros((40, 47), np.uint8)).save(first)
     refused("--run", str(trained), message=f"{first}: expected the image's size 48x40")
     Image.fromarray(np.full((40, 48), 77, np.uint8)).save(first)

@@ -253,15 +253,23 @@ def test_the_command_carries_labels_through_a_folder(clip, tmp_path, capsys):
     assert "5 frames" in said
     assert f"mIoU {100 * scores['miou']:.1f} over 4 frames; " in said
     assert f"{100 * scores['frames']['3']:.1f} at frame 1" in said
+    assert "note" not in said
+    enlarged = tmp_path / "enlarged"
+    command(add_video_arguments, video, *flags, "--out", enlarged, "--enlarge", "2", *backbone(clip))
+    finer = json.loads((enlarged / "scores.json").read_text())  # the same features on a grid of 4
+    assert finer["miou"] > scores["miou"] + 0.02
 
 
 def test_without_truth_there_are_no_scores(clip, tmp_path, capsys):
     (tmp_path / "masks").mkdir()
-    Image.open(clip / "masks" / "0.png").save(tmp_path / "masks" / "0.png")
+    blank = np.zeros_like(np.array(Image.open(clip / "masks" / "0.png")))
+    Image.fromarray(blank).save(tmp_path / "masks" / "0.png")
     flags = ("--frames", clip / "frames", "--masks", tmp_path / "masks", "--out", tmp_path / "out")
     command(add_video_arguments, video, *flags, *backbone(clip))
     assert not (tmp_path / "out" / "scores.json").exists()
-    assert "mIoU" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "mIoU" not in said
+    assert "note: the given masks hold class 0 alone" in said
 
 
 @pytest.mark.parametrize(
@@ -269,8 +277,10 @@ def test_without_truth_there_are_no_scores(clip, tmp_path, capsys):
     [
         (["--given", "7"], ConfigError, "given: expected names of frames, such as 0, got 7"),
         (["--alpha", "2"], ConfigError, "alpha: expected 0 to 1"),
-        (["--weights", "none"], ConfigError, "weights: expected the backbone's"),
-        (["--num-classes", "2"], DataError, "expected labels 0 to 1, found"),
+        (["--weights", "none"], ConfigError, "weights: expected a file of the backbone's"),
+        (["--num-classes", "2"], DataError, "expected labels 0 to 1 or 255, found"),
+        (["--enlarge", "0"], ConfigError, "enlarge: expected above 0, got 0.0"),
+        (["--frames", "clpi"], ConfigError, "frames: expected a folder of images, or a list of them, found no clpi"),
     ],
 )
 def test_the_command_says_what_is_wrong(clip, tmp_path, flags, error, text):
@@ -287,6 +297,9 @@ def test_frames_are_a_folder_or_a_list_and_of_one_size(clip, tmp_path):
     assert [item.name for item in items] == place.read_text().split()
     assert all(item.mask.is_file() for item in items)
     assert find_frames(place, clip)[0].mask == clip / f"{items[0].name}.png"
+    written = tmp_path / f"{items[1].name}_mask.png"  # as the command names them
+    Image.new("L", (48, 40)).save(written)
+    assert [item.mask for item in find_frames(place, tmp_path)[:2]] == [tmp_path / f"{items[0].name}.png", written]
     with pytest.raises(ConfigError, match="masks: expected the folder"):
         find_frames(clip / "frames", None)
     Image.new("RGB", (9, 9)).save(items[1].image)
