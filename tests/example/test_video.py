@@ -260,6 +260,17 @@ def test_the_command_carries_labels_through_a_folder(clip, tmp_path, capsys):
     assert finer["miou"] > scores["miou"] + 0.02
 
 
+def test_masks_for_scores_may_hold_classes_that_no_given_frame_has(clip, tmp_path):
+    shutil.copytree(clip / "masks", tmp_path / "masks")
+    truth = np.array(Image.open(clip / "masks" / "3.png"))
+    truth[:4, :4] = truth[truth != 255].max() + 2
+    Image.fromarray(truth).save(tmp_path / "masks" / "3.png")
+    flags = ("--frames", clip / "frames", "--masks", tmp_path / "masks", "--out", tmp_path / "out", *backbone(clip))
+    command(add_video_arguments, video, *flags)
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["iou"][str(truth[0, 0])] == 0
+
+
 def test_without_truth_there_are_no_scores(clip, tmp_path, capsys):
     (tmp_path / "masks").mkdir()
     blank = np.zeros_like(np.array(Image.open(clip / "masks" / "0.png")))
