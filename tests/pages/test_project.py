@@ -52,15 +52,17 @@ def test_the_wheel_away_from_the_source_tree_runs_the_readme(tmp_path):
     subprocess.run(install, check=True, capture_output=True)
     assert (site / "dlprop" / "py.typed").exists()
 
-    first, second = readme_snippets()
+    first, correction, second = readme_snippets()
     images = "torch.rand(2, 3, 65, 65)"
     step = f"training_loss({images}, torch.randint(0, 21, (2, 65, 65)), {images}, {images}, 0.5).backward()"
     script = tmp_path / "snippet.py"
-    told = "print(dense.shape, dense[0, 60, 122], dense[0, 30, 40], dense[0, 150, 300])"
-    script.write_text("\n".join((first, told, second, step, "import dlprop", "print(dlprop.__file__)", "")))
+    told = "print({0}.shape, {0}[0, 60, 122], {0}[0, 30, 40], {0}[0, 150, 300])"
+    first, correction = (first + told.format("dense"), correction + told.format("logits.argmax(1)"))
+    seed = "import torch\ntorch.manual_seed(0)"
+    script.write_text("\n".join((seed, first, correction, second, step, "import dlprop", "print(dlprop.__file__)", "")))
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    *_, shapes, origin = done.stdout.splitlines()
-    assert shapes == "torch.Size([1, 256, 384]) tensor(0) tensor(2) tensor(3)"
+    *_, shapes, corrected, origin = done.stdout.splitlines()
+    assert shapes == corrected == "torch.Size([1, 256, 384]) tensor(0) tensor(2) tensor(3)"
     assert Path(origin).is_relative_to(site)
