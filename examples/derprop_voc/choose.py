@@ -197,10 +197,10 @@ def measure(
             truth = torch.from_numpy(read_mask(item))
             for name, (adjust, propagate, is_blend) in methods.items():
                 logits = adjust(output.logits)
-                scores = logits.softmax(1)
-                if propagate is not None:
-                    propagated = propagate(logits, output.feats).softmax(1)
-                    scores = (scores + propagated) / 2 if is_blend else propagated
+                if propagate is None:
+                    scores = logits.softmax(1)
+                else:
+                    scores = propagate.rectify(logits, output.feats, ramp=0.5 if is_blend else 1.0)
                 found[name].append(confusion(_labels(scores, truth), truth, C))
             bar.update()
     return {name: np.stack(rows) for name, rows in found.items()}

@@ -170,14 +170,11 @@ def measure(images: Images, classes: ClassMap, *, tau: float, shrinkage: float) 
             rows = {"P": output.logits}
             for size, group in groups.items():
                 rows[row_name("logit adjustment", size)] = adjusted(output.logits, shares(group), tau)
-            for size, group in groups.items():
-                affinity = Alone(Discriminant(shrinkage=shrinkage, statistics=group))
-                rows[row_name("discriminant", size)] = DerivativeLabelPropagation(affinity)(*output)
-            for size in groups:
-                both = torch.logaddexp(
-                    output.logits.log_softmax(1), rows[row_name("discriminant", size)].log_softmax(1)
-                )
-                rows[row_name("mean of P and discriminant", size)] = both
+            for method, share in (("discriminant", 1.0), ("mean of P and discriminant", 0.5)):
+                for size, group in groups.items():
+                    affinity = Alone(Discriminant(shrinkage=shrinkage, statistics=group))
+                    blended = DerivativeLabelPropagation(affinity).rectify(*output, ramp=share)
+                    rows[row_name(method, size)] = blended.log()
             for name, logits in rows.items():
                 scores = F.interpolate(
                     classes.probabilities(logits), tuple(truth.shape), mode="bilinear", align_corners=True

@@ -254,7 +254,7 @@ def video(arguments: argparse.Namespace) -> None:
             f"note: the given masks hold class 0 alone, so that is all there is to carry; {VOID} is no class but void"
         )
     # Masks that are for scores alone are looked at now, not after all frames.
-    highest = max(highest, *(check_mask(item, VOID) for item in items if item.mask.is_file()))
+    highest = max(check_mask(item, VOID) for item in items if item.mask.is_file())
     names, device, of_image = make_describe(arguments, highest, arguments.masks or arguments.frames)
 
     def describe(number: int) -> Described:

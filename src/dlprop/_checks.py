@@ -69,7 +69,8 @@ def choice(name: str, value: Any, kind: Any) -> Any:
 def weights_of_orders(weights: Any) -> tuple[float, ...]:
     """Return the weights of the orders 0..Q as a tuple of at least one float."""
     if isinstance(weights, (str, bytes, Tensor)) or not isinstance(weights, Sequence):
-        way_out = f"; for order 0 alone write ({weights},)" if isinstance(weights, (int, float)) else ""
+        is_number = isinstance(weights, (int, float)) and not isinstance(weights, bool)
+        way_out = f"; for order 0 alone write ({weights},)" if is_number else ""
         raise TypeError(
             f"weights must be a sequence of floats, one for each order 0..Q, got {type(weights).__name__}{way_out}"
         )
@@ -89,9 +90,9 @@ def floating(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {came}{way_out}")
     if not x.is_floating_point() or x.dtype.itemsize < 2:
         way_out = f"convert it with {name}.float()"
-        if x.dtype == torch.bool:
+        if name == "target_feats" and x.dtype == torch.bool:
             way_out = "a mask of sources is given by name, mask=..."
-        elif name == "logits" and not x.is_floating_point():
+        elif name == "logits" and not x.is_floating_point() and x.dtype != torch.bool:
             way_out = "make class ids one-hot, F.one_hot(ids, C).movedim(-1, 1).float()"
         raise TypeError(f"{name} must have a floating-point dtype of 16 bits or more, got {x.dtype}; {way_out}")
 
