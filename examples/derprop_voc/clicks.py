@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Discriminant, Ridge
 
-from .complete import Completion, standardised
+from .complete import Completion
 from .data import VOID, read_mask
 from .evaluate import make_metric
 from .files import write_bytes, write_json
+from .image_features import standardised
 from .measuring import Images, add_measuring_arguments, begin, make_images
 from .progress import make_bar
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .choice import Finished
-from .complete import standardised
 from .config import ConfigError
 from .data import VOID, Item, check_mask, find_places, load_data, read_list, read_mask
 from .evaluate import make_metric
 from .files import write_bytes, write_json
+from .image_features import standardised
 from .measuring import Images, add_measuring_arguments, begin, images_of
 from .progress import make_bar
 from .sources import find_source

@@ -22,11 +22,11 @@ from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Softmax
 
 from .choice import add_machine_arguments
-from .complete import add_features_arguments, make_describe, mask_of
 from .config import ConfigError
 from .data import VOID, check_image, check_mask, read_image, read_list, read_mask
 from .evaluate import make_metric, summarise
 from .files import write_json
+from .image_features import add_features_arguments, make_describe, mask_of
 from .panels import class_colours
 from .predict_folder import draw_legend, list_images, overlay, palette_image, write_png
 from .progress import make_bar

