@@ -29,6 +29,7 @@ from examples.derprop_voc.evaluate import make_metric, summarise
 from examples.derprop_voc.files import write_bytes, write_json
 from examples.derprop_voc.losses import AFFINITIES, AdaptiveThreshold, Objective, make_propagation
 from examples.derprop_voc.model import Output, SegmentationNetwork
+from examples.derprop_voc.quality import PseudoLabelQuality
 from examples.derprop_voc.rectification import Rectification
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
 from examples.derprop_voc.train import DivergedError, run
@@ -599,6 +600,14 @@ def test_affinities_that_estimate_their_metric_run(options, scenes, tmp_path):
     assert all(np.isfinite(trained[name]) for name in ("ce_l_propagated", "ce_u_propagated", "loss"))
     assert set(measured) >= {"labeled_prediction", "labeled_propagated"}
     assert set(results["last"]["averaged"]) == {"prediction", "propagated", "blend"}
+
+
+def test_pseudo_labels_are_scored_at_every_fifth_step(scenes, tmp_path, monkeypatch):
+    scored = []
+    monkeypatch.setattr(PseudoLabelQuality, "unlabeled", lambda *_: scored.append("unlabeled"))
+    monkeypatch.setattr(PseudoLabelQuality, "labeled", lambda *_: scored.append("labeled"))
+    run(tiny(scenes, tmp_path, measure_pseudo_labels=True, steps=6), progress=False)
+    assert scored == ["unlabeled", "labeled"] * 2  # steps 0 and 5
 
 
 def test_same_seed_same_weights(full, scenes, tmp_path):
