@@ -1,5 +1,6 @@
 """Inputs for the tests of the loss, and the one comparison with the oracle that they all use."""
 
+import pytest
 import torch
 
 from dlprop import DerivativeLoss
@@ -7,6 +8,8 @@ from tests.oracles import loss as oracle
 from tests.tolerances import assert_close
 
 FORMS = ("labels", "features")
+# The squared norm takes no anchors.
+every_pair_term = pytest.mark.parametrize(("norm", "num_anchors"), [("l1", None), ("l1", 4), ("frobenius", None)])
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 
 
@@ -23,6 +26,11 @@ def draw(form, seed=0, *, N=2, D=11, grid=(3, 5), classes=3, dtype=torch.float64
             target[torch.rand(N, *grid, generator=generator) < 0.2] = ignored
         return feats.to(dtype), target
     return feats.to(dtype), target.to(dtype)
+
+
+def draw_direction(feats):
+    """A random direction that is not the features': normalised losses do not change along those."""
+    return torch.randn(feats.shape, generator=torch.Generator().manual_seed(1234), dtype=torch.float64)
 
 
 def draw_mask(seed=0, *, N=2, grid=(3, 5)):

@@ -1,20 +1,25 @@
 """The derivative loss, Eq. 8 and 9, against the float64 oracle and at every edge of its domain."""
 
-import copy
-import dataclasses
 import itertools
-import pickle
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck
 
-from dlprop import DerivativeLoss, _ops
-from dlprop import loss as loss_module
-from dlprop._kernels import tiled
-from tests.loss_cases import FORMS, assert_matches, draw, draw_away_from_kinks, draw_mask, evaluate, expect, loss_of
+from dlprop import DerivativeLoss
+from tests.loss_cases import (
+    FORMS,
+    assert_matches,
+    draw,
+    draw_away_from_kinks,
+    draw_direction,
+    draw_mask,
+    evaluate,
+    every_pair_term,
+    expect,
+    loss_of,
+)
 from tests.oracles import loss as oracle
 from tests.oracles.features import NORMALIZATIONS, SCHEMES
 from tests.tolerances import assert_close
@@ -23,16 +28,9 @@ F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat1
 NORMS = ("l1", "frobenius")
 REDUCTIONS = ("none", "mean", "sum")
 
-# The squared norm takes no anchors.
-every_pair_term = pytest.mark.parametrize(("norm", "num_anchors"), [("l1", None), ("l1", 4), ("frobenius", None)])
 every_exact_pair_term = pytest.mark.parametrize(
     ("norm", "num_anchors"), [("l1", None), ("l1", 10**6), ("frobenius", None)]
 )
-
-
-def _direction(feats):
-    """A random direction that is not the features': normalised losses do not change along those."""
-    return torch.randn(feats.shape, generator=torch.Generator().manual_seed(1234), dtype=F64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +57,7 @@ def test_oracle_against_numbers_worked_out_by_hand():
 def test_oracle_gradient_is_the_slope_of_its_value(form, norm, normalize):
     options = {"norm": norm, "normalize": normalize, "max_order": 2, "anchors": [0, 2, 3]}
     feats, target, expected = draw_away_from_kinks(form, N=1, D=6, grid=(2, 3), margin=1e-4, options=options)
-    direction = _direction(feats)
+    direction = draw_direction(feats)
     above, below = (expect(feats + step * direction, target, **options).value for step in (1e-6, -1e-6))
     slope = (expected.gradient * direction.numpy()).sum()
     assert abs((above - below) / 2e-6 - slope) <= 1e-6 * abs(slope) + 1e-8
@@ -469,263 +467,6 @@ def test_strides(form, layout):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampled target pixels: drawn among those that count, each standing for n_valid / K of them
-
-
-def _many_draws(feats, target, valid, draws, **options):
-    """The values, or values and gradients, of so many draws for one image: a batch of copies draws for each."""
-    copies = [x.expand(draws, *x.shape[1:]) for x in (feats, target, valid)]
-    return evaluate(*copies[:2], mask=copies[2], reduction="none", **options)
-
-
-def _sparse(edge, labelled, *, D=6, classes=3, seed=0):
-    """Signed features and labels of an image of which `labelled` pixels count, (1, D, H, W), (1, H, W) and the mask."""
-    generator = torch.Generator().manual_seed(seed)
-    feats = torch.randn(1, D, edge, edge, generator=generator, dtype=F64)
-    labels = torch.randint(classes, (1, edge, edge), generator=generator)
-    valid = torch.zeros(edge * edge, dtype=torch.bool)
-    valid[torch.randperm(edge * edge, generator=generator)[:labelled]] = True
-    return feats, labels, valid.view(1, edge, edge)
-
-
-def _dense(feats, labels, valid):
-    """The pixels that count as an image of their own."""
-    return feats[:, :, valid[0]], labels[valid][None]
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("max_order", [0, 1])
-def test_a_sampled_loss_is_the_loss_of_one_subset_and_all_subsets_are_equally_likely(form, max_order):
-    # Five of M = 7 pixels count, K = 2: ten subsets. Each draw must be one of them, in value and gradient (through both
-    # roles).
-    feats, target = draw(form, N=1, D=7, grid=(1, 7), ignored=None)
-    mask = torch.tensor([[[True, True, False, True, True, False, True]]])
-    options = {"max_order": max_order, "eta": 0.1}
-    subsets = list(itertools.combinations([0, 1, 3, 4, 6], 2))
-    expected = [expect(feats, target, mask=mask, anchors=x, reduction="none", **options) for x in subsets]
-    values = np.array([subset.value[0] for subset in expected])
-    assert np.diff(np.sort(values)).min() > 1e-9
-    exact = expect(feats, target, mask=mask, reduction="none", **options)
-    assert_close(values.mean(), exact.value[0], "loss")  # unbiased, once the draws are uniform
-    draws = 400
-    value, gradient = _many_draws(feats, target, mask, draws, num_anchors=2, **options)
-    drawn = np.abs(values[:, None] - value.numpy()).argmin(0)
-    assert_close(value, values[drawn], "loss")
-    assert_close(gradient, np.concatenate([expected[n].gradient for n in drawn]), "gradient")
-    # Pearson's statistic, chi-squared with 9 degrees of freedom: above 33.7 once in ten thousand.
-    counts = np.bincount(drawn, minlength=10)
-    assert ((counts - draws / 10) ** 2 / (draws / 10)).sum() < 33.7
-    # The sum of Eq. 8 is scaled the same way.
-    options |= {"mask": mask, "reduction": "sum"}
-    sums = [expect(feats, target, anchors=subset, **options) for subset in subsets]
-    value, gradient = evaluate(feats, target, num_anchors=2, **options)
-    drawn = np.abs(np.array([subset.value for subset in sums]) - value.item()).argmin()
-    assert_matches((value, gradient), sums[drawn])
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("labelled", [40, 100])
-def test_a_sampled_loss_is_unbiased_and_as_steady_as_that_of_a_dense_image(form, labelled):
-    feats, target, valid = _sparse(10, labelled)
-    if form == "features":
-        target = _direction(feats)
-    dense = feats[:, :, valid[0]], target[:, :, valid[0]] if form == "features" else target[valid][None]
-    exact, slope = evaluate(feats, target, mask=valid, reduction="none")
-    K, draws = 8, 400
-    value, gradient = _many_draws(feats, target, valid, draws, num_anchors=K)
-    samples = torch.stack((value, (gradient * slope).sum((1, 2, 3))))  # the gradient is seen along itself
-    exact = torch.stack((exact[0], slope.square().sum()))
-    error = samples.std(1) / draws**0.5
-    # Four standard errors: a right estimator leaves this interval once in 15,000 choices of the seed; a wrong factor
-    # of 0.9 or 1.1 would be far outside.
-    assert (error > 0).all()
-    assert (4 * error < 0.1 * exact.abs()).all()
-    assert ((samples.mean(1) - exact).abs() < 4 * error).all()
-    everywhere = torch.ones(1, labelled, dtype=torch.bool)
-    of_dense = _many_draws(*dense, everywhere, draws, num_anchors=K, eta=0.0)[0]
-    pairs = _many_draws(feats, target, valid, draws, num_anchors=K, eta=0.0)[0]
-    spread, wanted = (x.std() / x.mean() for x in (pairs, of_dense))
-    assert wanted / 1.5 < spread < 1.5 * wanted
-
-
-@pytest.mark.parametrize(("edge", "labelled", "num_anchors"), [(129, 166, 1024), (41, 40, 64), (41, 40, 40)])
-def test_as_many_anchors_as_labels_is_exact(edge, labelled, num_anchors):
-    # 1 % of the pixels, and fewer labels than anchors: every draw takes them all.
-    feats, labels, valid = _sparse(edge, labelled)
-    labels = torch.where(valid, labels, 255)
-    value, gradient = evaluate(*_dense(feats, labels, valid), eta=0.0)
-    for _ in range(3):
-        sampled = evaluate(feats, labels, num_anchors=num_anchors, eta=0.0)
-        assert_close(sampled[0], value, "loss")
-        assert_close(sampled[1][:, :, valid[0]], gradient, "gradient")
-        assert not sampled[1][:, :, ~valid[0]].any()
-
-
-def test_every_image_counts_its_own_valid_pixels():
-    # 4 and 6 valid pixels, all 15, and none; K = 6.
-    feats, target = draw("features", N=4)
-    mask = torch.zeros(4, 15, dtype=torch.bool)
-    for n, labelled in enumerate((4, 6, 15)):
-        mask[n, torch.randperm(15)[:labelled]] = True
-    mask = mask.view(4, 3, 5)
-    exact = expect(feats, target, mask=mask, reduction="none", eta=0.0)
-    copies = [x.repeat(200, *(1,) * (x.ndim - 1)) for x in (feats, target, mask)]
-    values = loss_of(*copies[:2], mask=copies[2], num_anchors=6, reduction="none", eta=0.0).view(200, 4)
-    for n in (0, 1, 3):
-        assert_close(values[:, n], np.broadcast_to(exact.value[n], 200), "loss")
-    error = values[:, 2].std() / 200**0.5
-    assert 0 < (values[:, 2].mean() - exact.value[2]).abs() < 4 * error
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("num_anchors", [15, 16, 10**9])
-def test_as_many_anchors_as_pixels_is_exact(form, num_anchors):
-    options = {"mask": draw_mask(), "reduction": "none"}
-    feats, target, expected = draw_away_from_kinks(form, options=options)
-    assert_matches(evaluate(feats, target, num_anchors=num_anchors, **options), expected)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_anchors_come_from_the_default_generator(form):
-    feats, target = draw(form)
-    values = []
-    for chunk_size in (None, None, 1, 4, 7, 15, 100):
-        torch.manual_seed(1)
-        values.append(evaluate(feats, target, num_anchors=4, reduction="none", chunk_size=chunk_size))
-    assert torch.equal(values[0][0], values[1][0])
-    for value, gradient in values:
-        assert_close(value, values[0][0], "loss")
-        assert_close(gradient, values[0][1], "gradient")
-    calls = [loss_of(feats, target, num_anchors=4).item() for _ in range(4)]
-    assert len(set(calls)) == 4  # anew each call
-
-
-def test_each_image_draws_its_own_anchors():
-    feats, target = draw("labels", N=1)
-    values = loss_of(feats.expand(8, -1, -1, -1), target.expand(8, -1, -1), num_anchors=4, reduction="none")
-    assert len(set(values.tolist())) == 8
-
-
-def test_compiled_anchors_are_drawn_among_the_valid_pixels():
-    feats, labels, valid = _sparse(9, 20)
-    labels = torch.where(valid, labels, 255)
-    compiled = torch.compile(DerivativeLoss(num_anchors=32, eta=0.0), backend="eager", fullgraph=True)
-    assert_close(compiled(feats, labels), loss_of(*_dense(feats, labels, valid), eta=0.0), "loss")
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch calls it itself
-@pytest.mark.parametrize("form", FORMS)
-def test_transforms_of_a_sampled_loss(form):
-    loss = DerivativeLoss(num_anchors=4)
-    feats, target = draw(form, N=3)
-
-    def one(x):
-        torch.manual_seed(0)  # the anchors of every call
-        return loss(x, target)
-
-    batch = torch.stack((feats, feats.flip(1), feats.square()))
-    vmapped = partial(torch.func.vmap, randomness="same")
-    assert_close(vmapped(one)(batch), torch.stack([one(x) for x in batch]), "loss")
-    gradients = torch.stack([torch.autograd.grad(one(x.requires_grad_()), x)[0] for x in batch.clone()])
-    assert_close(vmapped(torch.func.grad(one))(batch), gradients, "gradient")
-    with pytest.raises(RuntimeError, match=r"dlprop.*forward-mode"):
-        torch.func.jvp(one, (feats,), (feats,))
-    with pytest.raises(RuntimeError, match=r"dlprop.*twice"):
-        torch.func.grad(lambda x: torch.func.grad(one)(x).square().sum())(feats)
-
-
-@every_pair_term
-@pytest.mark.parametrize("form", FORMS)
-def test_the_host_waits_for_nothing(form, norm, num_anchors):
-    # A meta tensor has no value that could be read.
-    feats, target = (x.to("meta") for x in draw(form))
-    mask = draw_mask().to("meta")
-    feats.requires_grad_()
-    loss_of(feats, target, mask=mask, norm=norm, num_anchors=num_anchors).backward()
-    assert feats.grad.shape == feats.shape
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The closed form of labels at order 0
-
-
-@pytest.fixture
-def closed_forms(monkeypatch):
-    """A list that grows by one at every use of the closed form."""
-    taken = []
-    formula = loss_module._label_l1_of_fractions
-
-    def spy(*arguments):
-        taken.append(1)
-        return formula(*arguments)
-
-    monkeypatch.setattr(loss_module, "_label_l1_of_fractions", spy)
-    return taken
-
-
-@pytest.mark.parametrize(
-    ("holds", "options", "sign"),
-    [
-        (True, {}, 1),
-        (True, {"normalize": "softmax"}, 1),
-        (True, {"normalize": "softmax"}, -1),
-        (True, {"backend": "tiled", "max_order": 0, "reduction": "none"}, 1),
-        (False, {}, -1),
-        (False, {"normalize": "l2"}, 1),
-        (False, {"normalize": None}, 1),
-        (False, {"num_anchors": 4}, 1),
-        (False, {"norm": "frobenius"}, 1),
-    ],
-)
-def test_the_closed_form_is_taken_only_where_it_holds(closed_forms, holds, options, sign):
-    formula = {name: value for name, value in options.items() if name not in ("backend", "num_anchors")}
-    feats, labels, expected = draw_away_from_kinks("labels", nonnegative=True, options=formula)
-    if sign < 0:
-        feats[0, 2, 1, 1] *= -1
-        expected = expect(feats, labels, **formula)
-    actual = evaluate(feats, labels, **options)
-    assert len(closed_forms) == holds
-    if "num_anchors" not in options:
-        assert_matches(actual, expected)
-
-
-def test_the_closed_form_is_not_for_features(closed_forms):
-    feats, target = draw("features", nonnegative=True)
-    loss_of(feats, target)
-    assert not closed_forms
-
-
-def test_the_closed_form_is_never_the_answer_of_triton(closed_forms, monkeypatch):
-    # The tiles answer in Triton's place, so that it runs anywhere.
-    monkeypatch.setattr(_ops, "find_spec", lambda _: True)
-    monkeypatch.setattr(tiled, "check_device", lambda _: None, raising=False)
-    monkeypatch.setitem(_ops.KERNELS, "triton", "tiled")
-    feats, labels, expected = draw_away_from_kinks("labels", nonnegative=True)
-    assert_matches(evaluate(feats, labels, backend="triton"), expected)
-    assert not closed_forms
-
-
-def test_the_closed_form_looks_at_no_value_under_a_transform_or_a_compiler(closed_forms):
-    feats, labels, expected = draw_away_from_kinks("labels", nonnegative=True)
-    loss = DerivativeLoss()
-    assert_matches((loss(feats, labels), torch.func.grad(loss)(feats, labels)), expected)
-    assert len(closed_forms) == 1  # of the value alone
-    del closed_forms[:]
-    assert_close(torch.func.vmap(loss, (0, None))(feats[None], labels)[0], expected.value, "loss")
-    assert_close(torch.compile(loss, backend="eager", fullgraph=True)(feats, labels), expected.value, "loss")
-    assert not closed_forms
-
-
-def test_a_zero_vector_or_nan_among_fractions(closed_forms):
-    feats, labels = draw("labels", nonnegative=True, ignored=None)
-    feats[0, :, 1, 1] = 0
-    assert_close(loss_of(feats, labels), expect(feats, labels).value, "loss")
-    assert len(closed_forms) == 1
-    feats[0, 2, 0, 0] = torch.nan
-    assert loss_of(feats, labels).isnan()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Autograd
 
 
@@ -842,95 +583,6 @@ def test_chunk_size_changes_nothing(form, max_order):
         assert_matches(evaluate(feats, target, chunk_size=chunk_size, **options), expected)
         sampled = {"num_anchors": 30, "chunk_size": chunk_size}  # more than there are valid pixels: all of them
         assert_matches(evaluate(feats, target, **sampled, **options), expected)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The dataclass that is a Module
-
-OTHERS = {
-    "max_order": 2,
-    "eta": 0.25,
-    "norm": "l1",
-    "scheme": "central",
-    "normalize": "softmax",
-    "ignore_index": -1,
-    "reduction": "none",
-    "align_corners": False,
-    "num_anchors": 3,
-    "chunk_size": 5,
-    "backend": "tiled",
-}
-every_module = pytest.mark.parametrize("options", [{}, OTHERS, {"norm": "frobenius"}], ids=["plain", "all", "squared"])
-
-
-def test_options_are_attributes_and_fields():
-    loss = DerivativeLoss(**OTHERS)
-    assert {name: getattr(loss, name) for name in OTHERS} == OTHERS
-    assert [field.name for field in dataclasses.fields(loss)] == list(OTHERS)
-    assert all(field.kw_only for field in dataclasses.fields(loss))
-    assert dataclasses.replace(loss, eta=0.5).eta == 0.5
-    numbers = DerivativeLoss(max_order=np.int64(2), eta=np.float32(0.25), num_anchors=np.int32(3))
-    assert [type(x) for x in (numbers.max_order, numbers.eta, numbers.num_anchors)] == [int, float, int]
-
-
-@every_module
-def test_module_prints_pickles_and_copies(options):
-    loss = DerivativeLoss(**options)
-    for field in dataclasses.fields(loss):
-        assert f"{field.name}={getattr(loss, field.name)!r}" in repr(loss)
-    assert repr(loss).startswith("DerivativeLoss(")
-    feats, labels = draw("labels", ignored=loss.ignore_index)
-    torch.manual_seed(0)
-    expected = loss(feats, labels)
-    for twin in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss), copy.copy(loss).double().to("cpu")):
-        assert repr(twin) == repr(loss)
-        torch.manual_seed(0)
-        assert torch.equal(twin(feats, labels), expected)
-
-
-def test_module_has_no_state():
-    loss = DerivativeLoss()
-    assert not loss.state_dict()
-    assert not list(loss.parameters())
-    assert not list(loss.buffers())
-    loss.load_state_dict({})
-    assert loss.eval().training is False
-    assert loss.train().training is True
-
-
-def test_module_is_a_key_and_a_part_of_others():
-    loss, twin = DerivativeLoss(), DerivativeLoss()
-    assert loss != twin  # as every Module: equal options do not make two parts of a network one
-    assert len({loss: 1, twin: 2}) == 2
-
-    class Matched(torch.nn.Sequential):
-        def forward(self, feats):
-            return self[1](self[0](feats), feats)
-
-    network = Matched(torch.nn.Conv2d(11, 7, 1), DerivativeLoss(eta=0.0, max_order=0))
-    assert list(network.state_dict()) == ["0.weight", "0.bias"]
-    network[0] = torch.nn.Identity()
-    feats, _ = draw("features", dtype=F32)
-    assert network(feats) < 1e-12
-    losses = torch.nn.ModuleList([loss, twin, loss])
-    assert list(losses.modules()) == [losses, loss, twin]
-    assert "DerivativeLoss(max_order=1" in repr(losses)
-
-
-@every_module
-def test_compiled_module(options):
-    loss = DerivativeLoss(**options)
-    feats, labels = draw("labels", ignored=loss.ignore_index)
-    compiled = torch.compile(loss, backend="eager", fullgraph=True)
-    values = []
-    for module in (loss, compiled):
-        torch.manual_seed(0)
-        leaf = feats.clone().requires_grad_()
-        value = module(leaf, labels)
-        value.sum().backward()
-        values.append((value, leaf.grad))
-    assert_close(values[1][0], values[0][0].detach(), "loss")
-    assert_close(values[1][1], values[0][1], "gradient")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

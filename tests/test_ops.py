@@ -219,10 +219,11 @@ def _calls():
     """Every op as a function of the tensors that may need a gradient, and those."""
     for form, anchors in itertools.product(("labels", "features"), (False, True)):
         rows, target, _, column_target = _inputs(form, anchors)
-        if anchors:  # the columns are picked from the rows, as the loss does
-            call = lambda x, g=target, h=column_target: _pairs(x, g, x[:, :3], h)[0]  # noqa: E731
-        else:
-            call = lambda x, g=target: _pairs(x, g, None, None)[0]  # noqa: E731
+
+        def call(x, target=target, columns=column_target, anchors=anchors):
+            # With anchors the columns are picked from the rows, as the loss does.
+            return _pairs(x, target, x[:, :3] if anchors else None, columns if anchors else None)[0]
+
         yield f"pairwise_l1 {form} {anchors=}", call, (rows,)
     for name, (op, inputs) in AFFINITIES.items():
         yield name, lambda *x, op=op: op(*x)[0], tuple(x for x in inputs() if x is not None)

@@ -8,29 +8,22 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torchvision import tv_tensors
 
-from dlprop.affinity import Discriminant, Linear, Ridge, Softmax
 from examples.derprop_voc import demo
 from examples.derprop_voc.__main__ import main
-from examples.derprop_voc.augment import Augment, RandomRescale, cutmix, cutmix_boxes
 from examples.derprop_voc.choice import load_finished
-from examples.derprop_voc.config import CLASSIFIERS, Config, ConfigError, make_config, read_yaml
+from examples.derprop_voc.config import Config, ConfigError, make_config, read_yaml
 from examples.derprop_voc.data import (
     DataError,
     SeededBatches,
-    SegmentationDataset,
-    collate,
     load_data,
     read_list,
 )
 from examples.derprop_voc.demo import CONFIGS, RUNS, demo_configs
 from examples.derprop_voc.evaluate import make_metric, summarise
 from examples.derprop_voc.files import write_bytes, write_json
-from examples.derprop_voc.losses import AFFINITIES, AdaptiveThreshold, Objective, make_propagation
-from examples.derprop_voc.model import Output, SegmentationNetwork
+from examples.derprop_voc.model import SegmentationNetwork
 from examples.derprop_voc.quality import PseudoLabelQuality
-from examples.derprop_voc.rectification import Rectification
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
 from examples.derprop_voc.train import DivergedError, run
 from tests.example.options import TINY
@@ -270,247 +263,6 @@ def test_batches_depend_on_seed_and_step_only():
     assert [first + second for first, second in zip(*parts, strict=True)] == batches()
 
 
-# --- augmentation ----------------------------------------------------------------------------------------------------
-
-
-def test_a_sample_depends_on_its_seed_and_leaves_the_random_state(scenes):
-    config = make_config(TINY | {"data": str(scenes)})
-    items = load_data(config).labeled
-    data = SegmentationDataset(items, labeled=True, transform=Augment(config, strong=False), cache=True)
-    state = torch.get_rng_state()
-    first, again, other = data[1, 5], data[1, 5], data[1, 6]
-    assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(first["image"], again["image"])
-    assert torch.equal(first["mask"], again["mask"])
-    assert not torch.equal(first["image"], other["image"])
-
-
-def test_padding_is_tracked_apart_from_labels(scenes):
-    config = make_config(TINY | {"data": str(scenes), "rescale": [0.5, 0.5], "crop_size": 64})
-    data = SegmentationDataset(load_data(config).labeled, labeled=True, transform=Augment(config, strong=False))
-    batch = collate([data[0, 1], data[1, 1]])
-    assert batch["image"].shape == (2, 3, 64, 64)
-    assert batch["valid"].dtype == torch.bool
-    assert batch["valid"].sum((1, 2)).tolist() == [20 * 24] * 2
-    assert batch["mask"][~batch["valid"]].eq(0).all()
-    assert set(batch["mask"].unique().tolist()) <= {*range(6), 255}
-
-
-def test_weak_and_strong_views_share_their_geometry(scenes):
-    options = {"jitter_probability": 0, "gray_probability": 0, "blur_probability": 0}
-    config = make_config(TINY | {"data": str(scenes)} | options)
-    items = load_data(config).unlabeled
-    plain = SegmentationDataset(items, labeled=False, transform=Augment(config, strong=True))[0, 3]
-    assert torch.equal(plain["weak"], plain["strong"])
-    config = make_config(TINY | {"data": str(scenes), "jitter_probability": 1.0})
-    strong = SegmentationDataset(items, labeled=False, transform=Augment(config, strong=True))[0, 3]
-    assert torch.equal(plain["weak"], strong["weak"])
-    assert not torch.equal(strong["weak"], strong["strong"])
-
-
-def test_rescale_keeps_labels_whole():
-    mask = tv_tensors.Mask(torch.tensor([[0, 255], [255, 3]], dtype=torch.uint8).repeat(8, 8))
-    scaled = RandomRescale((1.7, 1.7))({"mask": mask})["mask"]
-    assert scaled.shape == (27, 27)
-    assert set(scaled.unique().tolist()) == {0, 3, 255}
-
-
-def test_cutmix_cuts_every_grid_along_the_same_lines():
-    generator = torch.Generator().manual_seed(0)
-    boxes = cutmix_boxes(6, (5, 7), probability=0.8, generator=generator)
-    assert boxes.shape == (6, 1, 5, 7)
-    assert 0 < boxes.flatten(1).any(1).sum() < 7
-    for box in boxes[:, 0]:
-        rows, columns = box.any(1), box.any(0)
-        assert torch.equal(box, rows[:, None] & columns)  # one rectangle
-    source = torch.arange(6.0)[:, None, None, None]
-    feats = cutmix(source.expand(6, 2, 5, 7), boxes)
-    images = cutmix(source.expand(6, 3, 40, 56), boxes)
-    valid = cutmix((source > 2).expand(6, 1, 40, 56), boxes)
-    assert torch.equal(images[:, :1], feats[:, :1].repeat_interleave(8, -1).repeat_interleave(8, -2))
-    assert torch.equal(valid, images[:, :1] > 2)
-    assert set(torch.unique(feats[2]).tolist()) <= {2.0, 3.0}
-    assert not cutmix_boxes(6, (5, 7), probability=0.0, generator=generator).any()
-
-
-def test_cutmix_pairs_are_those_of_the_whole_batch():
-    boxes = torch.ones(4, 1, 2, 2, dtype=torch.bool)
-    source = torch.arange(4.0)[:, None, None, None].expand(4, 1, 16, 16)
-    assert cutmix(source, boxes)[:, 0, 0, 0].tolist() == [1, 0, 3, 2]
-    halves = [cutmix(source[part], boxes[part]) for part in (slice(0, 2), slice(2, 4))]
-    assert torch.equal(torch.cat(halves), cutmix(source, boxes))
-    assert cutmix(source[:3], boxes[:3])[:, 0, 0, 0].tolist() == [1, 0, 0]
-
-
-def test_cutmix_of_aligned_grids_takes_the_nearest_feature_point():
-    # 17 pixels on 3 points, 8 apart: pixel 4 is as near to point 1 as to point 0, 3 and 5 are not.
-    boxes = torch.zeros(2, 1, 3, 3, dtype=torch.bool)
-    boxes[:, :, 1] = True
-    source = torch.arange(2.0)[:, None, None, None].expand(2, 1, 17, 17)
-    mixed = cutmix(source, boxes)[0, 0, :, 0]
-    assert mixed[5:12].eq(1).all()
-    assert mixed[:4].eq(0).all()
-    assert mixed[13:].eq(0).all()
-
-
-# --- objective -------------------------------------------------------------------------------------------------------
-
-
-def test_adaptive_threshold_follows_the_most_confident_pixel_of_each_class():
-    probabilities = torch.zeros(1, 4, 2, 2)
-    probabilities[0, :, 0, 0] = torch.tensor([0.7, 0.1, 0.1, 0.1])
-    probabilities[0, :, 0, 1] = torch.tensor([0.9, 0.1, 0.0, 0.0])
-    probabilities[0, :, 1, 0] = torch.tensor([0.1, 0.5, 0.2, 0.2])
-    probabilities[0, :, 1, 1] = torch.tensor([0.0, 0.0, 1.0, 0.0])
-    valid = torch.tensor([[[True, True], [True, False]]])
-    threshold = AdaptiveThreshold(0.85, 0.9)
-    threshold.update(probabilities, valid)
-    torch.testing.assert_close(threshold.value, torch.tensor(0.9 * 0.85 + 0.1 * (0.9 + 0.5) / 2))
-    before = threshold.value.clone()
-    threshold.update(probabilities, torch.zeros_like(valid))
-    assert torch.equal(threshold.value, before)
-    fixed = AdaptiveThreshold(0.85, 1.0)
-    fixed.update(probabilities, valid)
-    torch.testing.assert_close(fixed.value, torch.tensor(0.85))
-
-
-def make_halves(config):
-    torch.manual_seed(0)
-    shape = (2, 4, 32, 32)
-    labeled, strong, weak = (Output(torch.randn(shape), torch.rand(2, 8, 4, 4)) for _ in range(3))
-    for output in (labeled, strong):
-        output.logits.requires_grad_()
-        output.feats.requires_grad_()
-    target = torch.randint(0, 4, (2, 32, 32))
-    valid = torch.ones(2, 32, 32, dtype=torch.bool)
-    valid[:, :8] = False
-    return Objective(config), labeled, strong, weak, target, valid
-
-
-@pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        ({"variant": "supervised"}, {"ce_l", "ce_u", "kl"}),  # its unlabelled half is never asked for
-        ({"variant": "no_propagation"}, {"ce_l", "ce_u", "kl"}),
-        ({"variant": "no_derivative_loss"}, {"ce_l", "ce_l_propagated", "ce_u", "ce_u_propagated", "kl"}),
-        ({"variant": "full"}, {"ce_l", "ce_l_propagated", "ce_u", "ce_u_propagated", "kl", "der_l", "der_u"}),
-        ({"variant": "full", "weight_propagated": 0}, {"ce_l", "ce_u", "kl", "der_l", "der_u"}),
-    ],
-)
-def test_terms_of_each_variant_and_their_weights(options, names):
-    config = make_config(options)
-    objective, labeled, strong, weak, target, valid = make_halves(config)
-    pseudo = Rectification(config, 4).pseudo_labels(weak, valid, ramp=0.5)
-    torch.testing.assert_close(pseudo.sum(1), torch.ones(2, 32, 32))
-    confident = pseudo.amax(1) > 0.5
-    terms = objective.labeled(labeled, target, valid)
-    terms |= objective.unlabeled(strong, pseudo, confident, weak.feats, valid)
-    assert set(terms) == names
-    weights = {"ce_l": 0.5, "ce_l_propagated": 0.5, "kl": 0.25, "der_l": 0.5, "der_u": 0.5}
-    share = 0.25 if "ce_u_propagated" in names else 0.5
-    expected = sum(weights.get(name, share) * term for name, term in terms.items())
-    torch.testing.assert_close(objective.total(terms), expected)
-
-
-def test_options_make_the_affinity_and_the_loss():
-    shared = {"scheme": "central", "order_weights": [3, 2, 1], "similarity": "cosine", "max_order": 3}
-    objective = Objective(make_config(shared | {"normalize": "none", "scale": "mean", "resolution": "logits"}))
-    orders = {"weights": (3.0, 2.0, 1.0), "scheme": "central", "similarity": "cosine"}
-    assert objective.propagate.affinity == Linear(**orders, normalize=None, scale="mean")
-    assert objective.propagate.resolution == "logits"
-    softmax = Objective(make_config(shared | {"affinity": "softmax", "normalize": "l2"}))
-    assert softmax.propagate.affinity == Softmax(**orders, normalize="l2")
-    estimated = {
-        "scheme": "central",
-        "order_weights": [3, 2, 1],
-        "normalize": "l2",
-        "shrinkage": 0.5,
-        "across": "batch",
-    }
-    orders = {"weights": (3.0, 2.0, 1.0), "scheme": "central", "normalize": "l2", "shrinkage": 0.5, "across": "batch"}
-    ridge = make_propagation(make_config(estimated | {"affinity": "ridge", "balance": 1}))
-    assert ridge.affinity == Ridge(**orders, balance=1.0)
-    assert make_propagation(make_config(estimated | {"affinity": "discriminant"})).affinity == Discriminant(**orders)
-    loss = Objective(make_config(shared | {"loss_normalize": "none", "num_anchors": 7, "eta": 2})).derivative_loss
-    assert (loss.max_order, loss.scheme, loss.normalize, loss.num_anchors, loss.eta) == (3, "central", None, 7, 2.0)
-    assert (loss.ignore_index, objective.derivative_loss.num_anchors) == (255, None)
-
-
-@pytest.mark.parametrize(("name", "affinity"), AFFINITIES.items())
-def test_an_affinity_alone_has_the_defaults_of_the_library(name, affinity):
-    assert make_propagation(make_config({"affinity": name})).affinity == affinity()
-
-
-@pytest.mark.parametrize("affinity", AFFINITIES)
-def test_ramp_blends_from_the_prediction_to_the_propagation(affinity):
-    config = make_config({"affinity": affinity})
-    objective, _, _, weak, _, valid = make_halves(config)
-    if affinity in CLASSIFIERS:
-        prediction = weak.logits.softmax(1)
-        propagated = objective.propagate(weak.logits, weak.feats, mask=valid).softmax(1)
-    else:
-        prediction = torch.where(valid[:, None], weak.logits.softmax(1), 0.25)  # padding says nothing
-        propagated = objective.propagate(weak.logits * valid[:, None], weak.feats).softmax(1)
-    rectification = Rectification(config, 4)
-    torch.testing.assert_close(rectification.pseudo_labels(weak, valid, ramp=0.0), prediction)
-    torch.testing.assert_close(rectification.pseudo_labels(weak, valid, ramp=1.0), propagated)
-    half = Rectification(make_config({"affinity": affinity, "ramp_end": 0.5}), 4)
-    torch.testing.assert_close(half.pseudo_labels(weak, valid, ramp=1.0), (prediction + propagated) / 2)
-    plain = Rectification(make_config({"affinity": affinity, "rectify": False}), 4)
-    torch.testing.assert_close(plain.pseudo_labels(weak, valid, ramp=1.0), weak.logits.softmax(1))
-
-
-@pytest.mark.parametrize("affinity", AFFINITIES)
-def test_padding_carries_nothing(affinity):
-    config = make_config({"affinity": affinity})
-    objective, labeled, _, weak, target, valid = make_halves(config)
-    loud, loud_labeled = (
-        output._replace(logits=torch.where(valid[:, None], output.logits, 1e3)) for output in (weak, labeled)
-    )
-    rectification = Rectification(config, 4)
-    expected, found = (rectification.pseudo_labels(output, valid, ramp=1.0) for output in (weak, loud))
-    assert torch.equal(found, expected)
-    expected, found = (
-        objective.labeled(output, target, valid)["ce_l_propagated"] for output in (labeled, loud_labeled)
-    )
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("affinity", AFFINITIES)
-def test_a_whole_image_is_propagated_as_in_evaluation(affinity):
-    objective, labeled, _, _, target, valid = make_halves(make_config({"affinity": affinity}))
-    logits, feats = labeled.logits, labeled.feats
-    if affinity in CLASSIFIERS:  # the mask takes the mean around a point: the same where all pixels are alike
-        logits, feats = logits[:, :, :1, :1].expand(-1, -1, 32, 32), feats[:, :, :1, :1].expand(-1, -1, 4, 4)
-    whole = torch.ones_like(valid)
-    term = objective.labeled(Output(logits, feats), target, whole)["ce_l_propagated"]
-    torch.testing.assert_close(term, torch.nn.functional.cross_entropy(objective.propagate(logits, feats), target))
-
-
-@pytest.mark.parametrize("detach", [False, True])
-def test_detached_logits_train_the_features_only(detach):
-    objective, labeled, _, _, target, valid = make_halves(make_config({"detach_logits": detach}))
-    objective.labeled(labeled, target, valid)["ce_l_propagated"].backward()
-    assert labeled.feats.grad.abs().sum() > 0
-    assert (labeled.logits.grad is None) == detach
-
-
-def test_padding_and_void_do_not_count():
-    objective, labeled, strong, weak, target, valid = make_halves(make_config({}))
-    pseudo = weak.logits.softmax(1)
-    confident = torch.ones_like(valid)
-    terms = objective.labeled(labeled, target, valid) | objective.unlabeled(
-        strong, pseudo, confident, weak.feats, valid
-    )
-    noise = torch.where(valid, 0, torch.randint(0, 4, target.shape))
-    terms_noisy = objective.labeled(labeled, (target + noise).clamp(max=3), valid)
-    assert all(torch.equal(terms[name], value) for name, value in terms_noisy.items())
-    nothing = objective.labeled(labeled, torch.full_like(target, 255), valid)
-    assert nothing["ce_l"] == nothing["ce_l_propagated"] == 0
-    all_padded = objective.unlabeled(strong, pseudo, confident, weak.feats, torch.zeros_like(valid))
-    assert all_padded["ce_u"] == all_padded["kl"] == 0
-
-
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
@@ -604,10 +356,9 @@ def test_affinities_that_estimate_their_metric_run(options, scenes, tmp_path):
 
 def test_pseudo_labels_are_scored_at_every_fifth_step(scenes, tmp_path, monkeypatch):
     scored = []
-    monkeypatch.setattr(PseudoLabelQuality, "unlabeled", lambda *_: scored.append("unlabeled"))
-    monkeypatch.setattr(PseudoLabelQuality, "labeled", lambda *_: scored.append("labeled"))
+    monkeypatch.setattr(PseudoLabelQuality, "labeled", lambda *_: scored.append(1))
     run(tiny(scenes, tmp_path, measure_pseudo_labels=True, steps=6), progress=False)
-    assert scored == ["unlabeled", "labeled"] * 2  # steps 0 and 5
+    assert len(scored) == 2  # steps 0 and 5
 
 
 def test_same_seed_same_weights(full, scenes, tmp_path):
