@@ -70,7 +70,7 @@ def weights_of_orders(weights: Any) -> tuple[float, ...]:
     """Return the weights of the orders 0..Q as a tuple of at least one float."""
     if isinstance(weights, (str, bytes, Tensor)) or not isinstance(weights, Sequence):
         is_number = isinstance(weights, (int, float)) and not isinstance(weights, bool)
-        way_out = f"; for order 0 alone write ({weights},)" if is_number else ""
+        way_out = f"; for order 0 alone write ({weights!r},)" if is_number else ""
         raise TypeError(
             f"weights must be a sequence of floats, one for each order 0..Q, got {type(weights).__name__}{way_out}"
         )
