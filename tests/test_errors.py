@@ -385,6 +385,14 @@ def test_a_window_needs_one_grid(tensors, parts, resolution):
         module(*tensors)
 
 
+@pytest.mark.parametrize("over", ["sources", "targets"])
+def test_a_gaussian_has_no_negative_weight(over):
+    with raises(ValueError, "weights", "Gaussian", "at least 0", -20.0):
+        Softmax(over=over, similarity="gaussian", weights=(1.0, -20.0))
+    Softmax(over=over, similarity="gaussian", weights=(0.0, 20.0))
+    Softmax(over=over, similarity="cosine", weights=(1.0, -20.0))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="triton may run here")
 def test_an_explicit_backend_never_falls_back():
     """Constructing it is fine: the tensors may yet come from a GPU."""

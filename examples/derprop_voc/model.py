@@ -118,7 +118,8 @@ def timm_body(name: str, weights: str, stages: Sequence[int], output_stride: int
         output_stride: the highest stride of a stage, by dilation; None: the model's own.
 
     Raises:
-        ConfigError: for stages or strides that the model does not have, and for a file that does not fit.
+        ConfigError: for stages or strides that the model does not have, for a file that does not fit, and where timm
+            cannot download.
     """
     options = {} if output_stride is None else {"output_stride": output_stride}
     try:
@@ -142,6 +143,10 @@ def timm_body(name: str, weights: str, stages: Sequence[int], output_stride: int
                 f"{refused}: timm cannot dilate it; models that it can: {DILATED}; or freeze it (--freeze-backbone)"
             ) from None
         raise ConfigError(f"{refused}: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise ConfigError(
+            f"weights: timm could not download those of {name} ({type(error).__name__}); give a file instead"
+        ) from error
     if weights not in ("none", "timm"):
         if not Path(weights).is_file():
             raise ConfigError(f"weights: expected none, timm or a file, got {weights!r}")

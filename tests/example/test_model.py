@@ -208,3 +208,13 @@ def test_weights_that_cannot_be_read(tmp_path):
         ConfigError, match="weights: expected none, IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT or a file, got 'timm'"
     ):
         SegmentationNetwork(make_config({"backbone": "resnet50", "weights": "timm"}), 3)
+
+
+def test_timms_weights_that_cannot_be_downloaded(monkeypatch):
+    def create_model(*_, **options):
+        assert options["pretrained"]
+        raise FileNotFoundError("check your connection")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(ConfigError, match=r"weights: timm could not download those of resnet10t .*give a file"):
+        network(weights="timm")

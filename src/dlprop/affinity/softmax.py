@@ -36,7 +36,7 @@ class Softmax(Orders):
     pixel at an angle of 60 degrees counts e^10 times less than an equal one.
 
     Args:
-        weights: of the orders, as in `Linear`; for "gaussian" `1 / sigma^2` each.
+        weights: of the orders, as in `Linear`; for "gaussian" `1 / sigma^2` each, at least 0.
         scheme: "forward", "central", "sum" or "laplacian", see `finite_difference`.
         normalize: "l1", "l2", "softmax" (all over channels) or None.
         similarity: "dot", "cosine", or "gaussian": `S_ij = -\sum_q w_q ||A_q v_i - A_q v'_j||^2 / 2`, which is
@@ -88,6 +88,8 @@ class Softmax(Orders):
         super().__post_init__()
         _checks.choice("similarity", self.similarity, Similarity)
         _checks.choice("over", self.over, Over)
+        if self.similarity == "gaussian" and min(self.weights) < 0:
+            raise ValueError(f"weights of a Gaussian are 1 / sigma^2, so at least 0, got {self.weights}")
         _checks.optional_integer("radius", self.radius, 1)
         object.__setattr__(self, "dilation", _checks.integer_or_integers("dilation", self.dilation, 1))
         _checks.optional_integer("chunk_size", self.chunk_size, 1)
