@@ -7,7 +7,7 @@ every run's validation images are read once: a few pixels of each class, or one 
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlprop import DerivativeLabelPropagation
-from dlprop.affinity import Discriminant, Ridge
+from dlprop.affinity import Ridge
 
-from .complete import Completion
+from .complete import CERTAIN, Clicks, Completion, classify, only_labelled
 from .data import VOID, read_mask
 from .evaluate import make_metric
 from .files import write_bytes, write_json
@@ -30,14 +30,22 @@ from .progress import make_bar
 
 AMOUNTS = ("1", "5", "20", "stroke")
 DRAWS = 3
-SLOW = ("label spreading, backbone", "label spreading, network")  # one draw of the first network
+SLOW = ("label spreading, backbone",)  # one draw
+WITHOUT_NETWORK = (
+    *("nearest labelled pixel", "label spreading, backbone", "attention, backbone"),
+    *("ridge, backbone", "discriminant, backbone"),
+)
+CLOSED = "no other classes: "  # ... than those labelled in an image
 # Paired: the same clicks, the same network.
 GAINS = (
-    ("attention, backbone", "nearest labelled pixel"),
-    ("attention, backbone", "label spreading, backbone"),
+    ("discriminant, backbone", "nearest labelled pixel"),
+    ("discriminant, backbone", "attention, backbone"),
     ("network corrected by attention", "network alone"),
-    ("network corrected by attention", "network, last layer trained on the clicks"),
+    ("network corrected by attention", "last layer trained on the clicks"),
     ("network corrected by attention", "network times attention"),
+    (f"{CLOSED}network corrected by attention", f"{CLOSED}network alone"),
+    (f"{CLOSED}network corrected by attention", f"{CLOSED}last layer trained on the clicks"),
+    (f"{CLOSED}network corrected by attention", f"{CLOSED}network times attention"),
 )
 
 
@@ -60,16 +68,14 @@ class Sample:
     classifier: nn.Sequential
 
     @property
-    def clicks(self) -> tuple[Tensor, Tensor]:
-        """The labelled pixels' places (k, 2), x and y in [-1, 1], and classes (k,)."""
-        rows, columns = (self.labels != VOID).nonzero(as_tuple=True)
-        H, W = self.labels.shape
-        places = torch.stack((2 * columns / (W - 1) - 1, 2 * rows / (H - 1) - 1), dim=1)
-        return places, self.labels[rows, columns].long()
+    def clicks(self) -> Clicks:
+        """The labelled pixels."""
+        return Clicks(self.labels)
 
-    def at_clicks(self, x: Tensor) -> Tensor:
-        """(1, K, h, w) at the labelled pixels, (1, K, k)."""
-        return F.grid_sample(x, self.clicks[0][None, None], align_corners=True)[:, :, 0]
+    @property
+    def closed(self) -> "Sample":
+        """The same with a network that knows which classes are labelled, and that there are no others."""
+        return replace(self, logits=only_labelled(self.logits, self.clicks))
 
 
 Method = Callable[[Sample], Tensor]  # scores (1, C, h, w), or (1, C, H, W)
@@ -117,23 +123,25 @@ def nearest(sample: Sample, num_classes: int) -> Tensor:
     return F.one_hot(sample.labels[rows, columns].long(), num_classes).permute(2, 0, 1)[None].float()
 
 
-def label_spreading(sample: Sample, num_classes: int, feats: Tensor, *, neighbors: int, alpha: float) -> Tensor:
+def label_spreading(sample: Sample, num_classes: int, *, neighbors: int, alpha: float) -> Tensor:
     """scikit-learn's label spreading over the graph of nearest neighbours of grid points and labelled pixels."""
     from sklearn.semi_supervised import LabelSpreading  # a second that the other commands need not wait
 
-    V = F.normalize(torch.cat((sample.at_clicks(feats), feats.flatten(2)), 2)[0], dim=0).T.numpy()
+    feats, clicks = sample.backbone, sample.clicks
+    V = F.normalize(torch.cat((clicks.sample(feats), feats.flatten(2)), 2)[0], dim=0).T.numpy()
     labels = np.full(len(V), -1)
-    labels[: len(sample.clicks[1])] = sample.clicks[1].numpy()
+    labels[: len(clicks.classes)] = clicks.classes.numpy()
     model = LabelSpreading(kernel="knn", n_neighbors=neighbors, alpha=alpha, max_iter=100, tol=1e-2).fit(V, labels)
     scores = torch.zeros(num_classes, len(V))
     scores[torch.from_numpy(model.classes_)] = torch.from_numpy(model.label_distributions_).float().T
-    return scores[None, :, len(sample.clicks[1]) :].unflatten(2, feats.shape[-2:])
+    return scores[None, :, len(clicks.classes) :].unflatten(2, feats.shape[-2:])
 
 
-def closed_form(sample: Sample, num_classes: int, feats: Tensor, affinity: Ridge | Discriminant) -> Tensor:
-    """Ridge or discriminant from the labelled pixels alone."""
-    sources = 30 * F.one_hot(sample.clicks[1], num_classes).T[None].float()
-    out = DerivativeLabelPropagation(affinity)(sources, sample.at_clicks(feats), feats.flatten(2))
+def ridge(sample: Sample, num_classes: int, *, shrinkage: float, balance: float) -> Tensor:
+    """Ridge from the labelled pixels alone."""
+    propagate = DerivativeLabelPropagation(Ridge(shrinkage=shrinkage, balance=balance))
+    feats, clicks = sample.backbone, sample.clicks
+    out = propagate(CERTAIN * clicks.one_hot(num_classes), clicks.sample(feats), feats.flatten(2))
     return out.unflatten(2, feats.shape[-2:])
 
 
@@ -141,7 +149,7 @@ def tuned_classifier(sample: Sample, *, steps: int, lr: float) -> Tensor:
     """The network with its last layer trained on the labelled pixels, by gradient descent from where it was."""
     weight, bias = (x.detach().clone().requires_grad_() for x in sample.classifier[-1].parameters())
     weight = weight.detach()[:, :, 0, 0].requires_grad_()
-    V, truth = sample.at_clicks(sample.decoder)[0].T, sample.clicks[1]
+    V, truth = sample.clicks.sample(sample.decoder)[0].T, sample.clicks.classes
     optimizer = torch.optim.SGD((weight, bias), lr=lr)
     with torch.enable_grad():
         for _ in range(steps):
@@ -151,10 +159,11 @@ def tuned_classifier(sample: Sample, *, steps: int, lr: float) -> Tensor:
     return F.conv2d(sample.decoder, weight.detach()[:, :, None, None], bias.detach())
 
 
-def product(sample: Sample, num_classes: int, *, sharpness: float, position: float, power: float) -> Tensor:
+def product(sample: Sample, *, sharpness: float, position: float, power: float) -> Tensor:
     """The network's P times a power of what attention over the labelled pixels says."""
     one_step = Completion(sharpness=sharpness, position=position, steps=1)
-    attention = one_step(sample.decoder, sample.labels, num_classes) + 1 / num_classes  # the errors' own start
+    share = 1 / sample.logits.shape[1]
+    attention = one_step(sample.decoder, sample.labels, torch.zeros_like(sample.logits)) + share  # the errors' start
     return sample.logits.softmax(1) * attention.clamp_min(1e-4) ** power
 
 
@@ -162,26 +171,30 @@ def methods(num_classes: int, settings: dict[str, Any]) -> dict[str, Method]:
     """Every row of the table with its settings: first those that need no network."""
     C, chosen = num_classes, settings
 
-    def completion(name: str) -> Completion:
-        return Completion(**chosen[name])
+    def attention(s: Sample) -> Tensor:
+        zeros = s.backbone.new_zeros(1, C, *s.backbone.shape[-2:])
+        return Completion(**chosen["attention"])(s.backbone, s.labels, zeros)
+
+    def corrected(s: Sample) -> Tensor:
+        return Completion(**chosen["corrected"])(s.decoder, s.labels, s.logits)
 
     return {
         "nearest labelled pixel": lambda s: nearest(s, C),
-        "label spreading, backbone": lambda s: label_spreading(s, C, s.backbone, **chosen["label spreading"]),
-        "ridge, backbone": lambda s: closed_form(s, C, s.backbone, Ridge(**chosen["ridge"])),
-        "discriminant, backbone": lambda s: closed_form(s, C, s.backbone, Discriminant(**chosen["discriminant"])),
-        "attention, backbone": lambda s: completion("attention, backbone")(s.backbone, s.labels, C),
+        "label spreading, backbone": lambda s: label_spreading(s, C, **chosen["label spreading"]),
+        "attention, backbone": attention,
+        "ridge, backbone": lambda s: ridge(s, C, **chosen["ridge"]),
+        "discriminant, backbone": lambda s: classify(s.backbone, s.labels, C, **chosen["discriminant"]),
+        "discriminant, network": lambda s: classify(s.decoder, s.labels, C, **chosen["discriminant, network"]),
         "network alone": lambda s: s.logits,
-        "label spreading, network": lambda s: label_spreading(s, C, s.decoder, **chosen["label spreading"]),
-        "ridge, network": lambda s: closed_form(s, C, s.decoder, Ridge(**chosen["ridge"])),
-        "discriminant, network": lambda s: closed_form(s, C, s.decoder, Discriminant(**chosen["discriminant"])),
-        "attention, network": lambda s: completion("attention, network")(s.decoder, s.labels, C),
-        "network, last layer trained on the clicks": lambda s: tuned_classifier(s, **chosen["last layer"]),
-        "network times attention": lambda s: product(s, C, **chosen["product"]),
-        "network corrected by attention": lambda s: completion("corrected")(s.decoder, s.labels, C, s.logits),
-        "network corrected by attention on the backbone": lambda s: completion("corrected, backbone")(
-            s.backbone, s.labels, C, s.logits
+        "last layer trained on the clicks": lambda s: tuned_classifier(s, **chosen["last layer"]),
+        "network times attention": lambda s: product(s, **chosen["product"]),
+        "network corrected by attention": corrected,
+        f"{CLOSED}network alone": lambda s: s.closed.logits,
+        f"{CLOSED}last layer trained on the clicks": lambda s: only_labelled(
+            tuned_classifier(s, **chosen["last layer"]), s.clicks
         ),
+        f"{CLOSED}network times attention": lambda s: product(s.closed, **chosen["product"]),
+        f"{CLOSED}network corrected by attention": lambda s: corrected(s.closed),
     }
 
 
@@ -191,20 +204,20 @@ def grids() -> dict[str, tuple[str, list[dict[str, Any]]]]:
     def every(**options: Sequence[Any]) -> list[dict[str, Any]]:
         return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
 
-    attention = every(sharpness=[20.0, 40.0], position=[0.0, 0.5, 1.0], steps=[1])
-    corrected = every(sharpness=[20.0, 40.0], position=[0.5, 1.0], steps=[2, 3, 5])
+    shrinkage = [0.1, 1.0, 10.0, 100.0]
     return {
-        "label spreading": ("label spreading, network", every(neighbors=[10, 30, 100], alpha=[0.2, 0.8])),
-        "ridge": ("ridge, network", every(shrinkage=[0.1, 1.0, 10.0, 100.0], balance=[0.5])),
-        "discriminant": ("discriminant, network", every(shrinkage=[0.1, 1.0, 10.0, 100.0])),
-        "attention, backbone": ("attention, backbone", attention),
-        "attention, network": ("attention, network", attention),
-        "last layer": ("network, last layer trained on the clicks", every(steps=[3, 10, 30], lr=[0.03, 0.1, 0.3])),
+        "label spreading": ("label spreading, backbone", every(neighbors=[10, 30, 100], alpha=[0.2, 0.8])),
+        "attention": ("attention, backbone", every(sharpness=[20.0, 40.0], position=[0.0, 0.5, 1.0], steps=[1])),
+        "ridge": ("ridge, backbone", every(shrinkage=shrinkage, balance=[0.5])),
+        "discriminant": ("discriminant, backbone", every(shrinkage=shrinkage)),
+        "discriminant, network": ("discriminant, network", every(shrinkage=shrinkage)),
+        "last layer": ("last layer trained on the clicks", every(steps=[3, 10, 30], lr=[0.03, 0.1, 0.3])),
         "product": (
             "network times attention", every(sharpness=[20.0, 40.0], position=[0.5], power=[0.25, 0.5, 1.0])
         ),
-        "corrected": ("network corrected by attention", corrected),
-        "corrected, backbone": ("network corrected by attention on the backbone", corrected),
+        "corrected": (
+            "network corrected by attention", every(sharpness=[20.0, 40.0], position=[0.5, 1.0], steps=[2, 3, 5])
+        ),
     }  # fmt: skip
 
 
@@ -273,8 +286,10 @@ def clicks(arguments: argparse.Namespace) -> None:
         for amount, draw in itertools.product(AMOUNTS, range(DRAWS)):
             if f"{amount}/{draw}" not in of_run:
                 rows = methods(images.num_classes, settings)
-                if draw or run is not first_of_data[data]:
+                if draw:
                     rows = {row: method for row, method in rows.items() if row not in SLOW}
+                if run is not first_of_data[data]:  # one backbone, the same clicks
+                    rows = {row: method for row, method in rows.items() if row not in WITHOUT_NETWORK}
                 of_run[f"{amount}/{draw}"] = score(images, rows, amount, draw)
                 write_json(path, result)
     table = make_table(result)

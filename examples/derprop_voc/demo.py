@@ -125,7 +125,7 @@ def with_clicks(finished: Finished, *, seed: int) -> tuple[dict[str, float], lis
         image, truth = val[index]["image"].as_subclass(Tensor), val[index]["mask"].as_subclass(Tensor)
         clicks = draw_labels(truth, str(CLICKS), np.random.default_rng((seed, index)))
         output = network(to_input(image)[None])
-        completed = Completion()(output.feats, clicks, len(finished.class_names), output.logits)
+        completed = Completion()(output.feats, clicks, output.logits)
         maps = {"P": output.logits[0].max(0).indices, "corrected": dense_labels(completed, clicks)}
         for title, labels in maps.items():
             metrics[title].update(labels[None], truth[None].long())

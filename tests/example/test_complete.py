@@ -11,8 +11,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from examples.derprop_voc import clicks, measuring
+from examples.derprop_voc import complete as completing
 from examples.derprop_voc.__main__ import BAD_INPUT, DONE, main
-from examples.derprop_voc.complete import Completion, dense_labels
+from examples.derprop_voc.complete import Clicks, Completion, classify, dense_labels, only_labelled
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import VOID, load_data
 from examples.derprop_voc.image_features import standardised
@@ -38,7 +39,7 @@ def test_completion_by_the_book():
     torch.manual_seed(0)
     feats, logits = torch.randn(1, 3, 4, 5, dtype=torch.float64), torch.randn(1, 2, 4, 5, dtype=torch.float64)
     labels = sparse_labels((4, 5), (0, 1, 0), (2, 3, 1), (3, 0, 1))
-    actual = Completion(sharpness=7.0, position=0.3, steps=2)(feats.float(), labels, 2, logits.float())
+    actual = Completion(sharpness=7.0, position=0.3, steps=2)(feats.float(), labels, logits.float())
 
     V = feats[0].reshape(3, -1).numpy()
     V = V / np.linalg.norm(V, axis=0)
@@ -61,9 +62,9 @@ def test_a_click_where_the_network_is_right_changes_nothing():
     logits[:, 0, :3] = logits[:, 1, 3:] = 20.0
     right = sparse_labels((48, 48), (2, 3, 0), (45, 40, 1))
     feats = torch.randn(1, 4, 6, 6)
-    assert_close(Completion()(feats, right, 3, logits), logits.double().numpy(), "propagation")
+    assert_close(Completion()(feats, right, logits), logits.double().numpy(), "propagation")
     wrong = sparse_labels((48, 48), (2, 3, 2), (45, 40, 1))
-    assert (Completion()(feats, wrong, 3, logits) - logits)[0, 2].max() > 1
+    assert (Completion()(feats, wrong, logits) - logits)[0, 2].max() > 1
 
 
 def test_pixels_take_the_label_of_the_click_they_look_like():
@@ -71,11 +72,24 @@ def test_pixels_take_the_label_of_the_click_they_look_like():
     kind = torch.rand(9, 7) > 0.5
     kind[0, 0], kind[8, 6] = True, False
     feats = F.one_hot(kind.long(), 2).permute(2, 0, 1)[None].float()
-    labels = sparse_labels((9, 7), (0, 0, 4), (8, 6, 2))
-    dense = dense_labels(Completion(position=0.0)(feats, labels, 5), labels)
+    labels, zeros = sparse_labels((9, 7), (0, 0, 4), (8, 6, 2)), torch.zeros(1, 5, 9, 7)
+    dense = dense_labels(Completion(position=0.0)(feats, labels, zeros), labels)
     assert torch.equal(dense, torch.where(kind, 4, 2))
+    assert torch.equal(dense_labels(classify(feats, labels, 5), labels), dense)
     labels[4, 4] = 3
-    assert dense_labels(Completion()(feats, labels, 5), labels)[4, 4] == 3
+    assert dense_labels(Completion()(feats, labels, zeros), labels)[4, 4] == 3
+
+
+def test_classes_without_a_label_are_ruled_out():
+    """In the start and in what becomes of it, whatever the network thinks of them."""
+    logits = torch.randn(1, 4, 6, 6)
+    logits[:, 1] += 50
+    labels = sparse_labels((48, 48), (2, 3, 2), (45, 40, 0), (7, 8, 2))
+    start = only_labelled(logits, Clicks(labels))
+    assert torch.equal(start[:, [0, 2]], logits[:, [0, 2]])
+    assert (start.softmax(1)[:, [1, 3]] == 0).all()
+    dense = dense_labels(Completion()(torch.randn(1, 4, 6, 6), labels, start), labels)
+    assert set(dense.unique().tolist()) == {0, 2}
 
 
 def test_features_are_standardised_over_the_image():
@@ -151,6 +165,16 @@ def test_a_folder_with_a_run(folders, trained, pictures, capsys):
         mask = np.array(Image.open(path))
         assert mask.shape == (40, 48)
         assert (mask[3, 4], mask[30, 20]) == (0, 1)
+
+
+def test_only_labelled_changes_where_the_network_starts(folders, trained, pictures, monkeypatch):
+    monkeypatch.setattr(
+        completing, "only_labelled", lambda logits, clicks: 0 * logits + 50 * torch.eye(6)[5, :, None, None]
+    )
+    for options, is_there in (((), False), (("--only-labelled",), True)):
+        assert complete(folders, "--run", str(trained), *options) == DONE
+        found = [np.unique(Image.open(path)) for path in folders[2].glob("*_mask.png")]
+        assert all((5 in ids) == is_there for ids in found)
 
 
 def test_a_folder_with_a_backbone_alone(folders, tmp_path, pictures):
