@@ -8,58 +8,88 @@ no repetitions but over the networks.
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlprop import DerivativeLabelPropagation
+from dlprop.affinity import Discriminant
+
 from .choice import Finished
+from .complete import CERTAIN
 from .config import ConfigError
 from .data import VOID, Item, check_mask, find_places, load_data, read_list, read_mask
 from .evaluate import make_metric
 from .files import write_bytes, write_json
 from .image_features import standardised
-from .measuring import Images, add_measuring_arguments, begin, images_of
+from .measuring import add_measuring_arguments, begin, images_of
 from .progress import make_bar
 from .sources import find_source
-from .video import FRAMES, Carrying, Described, carry, score_clip
+from .video import FRAMES, Carrying, Described, Memory, carry, score_clip
 
 PIECE, EVERY = 10, 20  # frames of a piece of the clip that settings are chosen on, and from one piece to the next
-ALONE = {"last": 0, "doubt": 0.0, "trust": 0.0}  # the given frame alone, without the network
-SHARPNESS, POSITION, RADIUS = (60.0, 100.0), (0.0, 0.15, 0.3), (6, 12)
-MEMORIES = ("soft", "hard", "confident")
-LAST, DOUBT, PLACED, TRUST = 3, (0.0, 2.0), (0.0, 0.3), (0.5, 1.0, 2.0)
+SHARPNESS, POSITION, RADIUS, STEPS = (60.0, 100.0), (0.0, 0.15, 0.3), (6, 12), (3, 10)
+MEMORIES, LAST, DOUBT = ("soft", "hard", "confident"), 3, (0.0, 2.0)
+SHRINKAGE, SHARE, TRAINED, LR = (0.1, 1.0, 10.0), (0.25, 0.5, 1.0), (10, 50), (0.1, 0.3)
+# Paired: the same network.
+CORRECTED = "network corrected by attention, backbone"
+GAINS = tuple(
+    (CORRECTED, control)
+    for control in ("network alone", "last layer trained on the first frame", "network plus discriminant")
+)
+
+Kind = Literal["backbone", "decoder"]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the methods see of a frame.
+
+    Attributes:
+        item: where its image and its truth are.
+        backbone: (1, K, h, w), the frozen backbone's features, standardised over the frame.
+        decoder: (1, D, h, w), the network's features V.
+        logits: (1, C, h, w) of the network.
+    """
+
+    item: Item
+    backbone: Tensor
+    decoder: Tensor
+    logits: Tensor
+
+    @property
+    def truth(self) -> Tensor:
+        """Labels (H, W)."""
+        return torch.from_numpy(read_mask(self.item))
+
+    def features(self, kind: Kind) -> Tensor:
+        """Those of the backbone or of the decoder."""
+        return self.backbone if kind == "backbone" else self.decoder
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames in order with a network and the cached features of its backbone."""
+    """Frames in order, described by one network."""
 
     finished: Finished
-    images: Images
+    classifier: nn.Sequential
+    frames: list[Frame]
 
     @property
-    def items(self) -> list[Item]:
-        """The frames."""
-        return self.images.items
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.finished.class_names)
 
-    def described(self, kind: str) -> list[Described]:
-        """Features of the "backbone", standardised over each frame, or of the "decoder", and probabilities."""
-        network, described = self.images.network, []
-        for item in self.items:
-            features = self.images.cached[item.image][None].float()
-            output = network(features)
-            described.append((standardised(features) if kind == "backbone" else output.feats, output.logits.softmax(1)))
-        return described
 
-    def truth(self, number: int) -> Tensor:
-        """Labels (H, W)."""
-        return torch.from_numpy(read_mask(self.items[number]))
+# The labels (H, W) of all frames but the first, by their number, from the truth of the first.
+Method = Callable[[Clip], Iterator[tuple[int, Tensor]]]
 
 
 def make_clip(finished: Finished, prefix: str | None) -> Clip:
@@ -72,110 +102,174 @@ def make_clip(finished: Finished, prefix: str | None) -> Clip:
         raise ConfigError(f"choose_on: expected the start of names in {place}, got {prefix!r}")
     for item in items:
         check_mask(item, len(finished.class_names))
-    return Clip(finished, images_of(finished, items))
+    images = images_of(finished, items)
+    frames = []
+    for item in items:
+        features = images.cached[item.image][None].float()
+        decoder = images.network(features).feats
+        frames.append(Frame(item, standardised(features), decoder, images.network.classifier(decoder)))
+    return Clip(finished, images.network.classifier, frames)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods
+
+
+def copied(clip: Clip) -> Iterator[tuple[int, Tensor]]:
+    """The first frame's labels; a pixel without one has that of the nearest with one, as a copy must say something."""
+    truth = clip.frames[0].truth
+    nearest = distance_transform_edt((truth == VOID).numpy(), return_distances=False, return_indices=True)
+    labels = truth[tuple(torch.from_numpy(nearest).long())]
+    return ((number, labels) for number in range(1, len(clip.frames)))
+
+
+def carried(clip: Clip, *, kind: Kind, corrects: bool = False, **setting: Any) -> Iterator[tuple[int, Tensor]]:
+    """By attention, or a network's prediction corrected by it."""
+
+    def describe(number: int) -> Described:
+        frame = clip.frames[number]
+        return frame.features(kind), frame.logits if corrects else None
+
+    return carry(describe, len(clip.frames), {0: clip.frames[0].truth}, clip.num_classes, Carrying(**setting))
+
+
+def classified(
+    clip: Clip, *, kind: Kind, shrinkage: float = 0.0, share: float = 0.0, trust: float = 0.0
+) -> Iterator[tuple[int, Tensor]]:
+    """A share of the discriminant of the first frame's truth, and as much of the network as it is trusted."""
+    propagate = DerivativeLabelPropagation(Discriminant(shrinkage=shrinkage))
+    _, shares, known = first_labels(clip)
+    first = clip.frames[0].features(kind)
+
+    def logits(frame: Frame) -> Tensor:
+        if not share:
+            return trust * frame.logits
+        of_first = propagate(CERTAIN * shares, first, frame.features(kind), mask=known)
+        return share * of_first + trust * frame.logits
+
+    return resized(clip, logits)
+
+
+def tuned(clip: Clip, *, steps: int, lr: float) -> Iterator[tuple[int, Tensor]]:
+    """The network with its last layer trained on the first frame, by gradient descent from where it was."""
+    weight, bias = (x.detach().clone() for x in clip.classifier[-1].parameters())
+    weight = weight[:, :, 0, 0]
+    _, shares, known = first_labels(clip)
+    V, truth = (x[0, :, known[0]].T for x in (clip.frames[0].decoder, shares))
+    optimizer = torch.optim.SGD((weight.requires_grad_(), bias.requires_grad_()), lr=lr)
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(F.linear(V, weight, bias), truth).backward()
+            optimizer.step()
+    return resized(clip, lambda frame: F.conv2d(frame.decoder, weight.detach()[:, :, None, None], bias.detach()))
+
+
+def first_labels(clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
+    """The first frame on the features' grid as a `Memory` holds it: placed features, shares of classes, a mask."""
+    memory = Memory(Carrying())
+    memory.give(clip.frames[0].decoder, clip.frames[0].truth, clip.num_classes)
+    return memory.given[0]
+
+
+def resized(clip: Clip, logits: Callable[[Frame], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """The classes of logits (1, C, h, w) at the size of the labels."""
+    size = tuple(clip.frames[0].truth.shape)
+    for number, frame in enumerate(clip.frames[1:], 1):
+        out = F.interpolate(logits(frame), size, mode="bilinear", align_corners=True)
+        yield number, out[0].max(0).indices
+
+
+def methods(chosen: Mapping[str, dict[str, Any]], second: int) -> dict[str, Method]:
+    """A row's name -> what gives it, first those that need no network; `second` is the number of frames in a second."""
+    setting = {name: entry["setting"] for name, entry in chosen.items()}
+    memory = setting["memory"]
+    rows: dict[str, Method] = {
+        "first frame copied": copied,
+        "discriminant": partial(classified, **setting["discriminant"]),
+        "attention": partial(carried, **setting["attention"]),
+        "attention in a window": partial(carried, **setting["window"]),
+    }
+    for labels in MEMORIES:
+        rows[f"attention, last {LAST} too, {labels}"] = partial(carried, **memory | {"labels": labels, "doubt": 0.0})
+    rows[f"attention, last {LAST} too, as chosen"] = partial(carried, **memory)
+    rows[f"attention, last {LAST} too, as chosen, one a second"] = partial(carried, **memory, every=second)
+    return rows | {
+        "network alone": partial(classified, kind="decoder", trust=1.0),
+        "last layer trained on the first frame": partial(tuned, **setting["last layer"]),
+        "network plus discriminant": partial(classified, **setting["plus discriminant"]),
+        "network corrected by attention, decoder": partial(carried, **setting["corrected, decoder"]),
+        CORRECTED: partial(carried, **setting["corrected, backbone"]),
+    }
+
+
+WITH_NETWORK = ("network", "last layer")  # how the rows start that differ between networks
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
 
 
 class Pieces:
     """Pieces of a clip, each with its first frame given; frames that the network was trained on are not scored."""
 
-    def __init__(self, clip: Clip, kind: str) -> None:
-        self.clip, self.kind, self.described = clip, kind, clip.described(kind)
-        self.num_classes = len(clip.finished.class_names)
+    def __init__(self, clip: Clip) -> None:
         trained = {item.name for item in load_data(clip.finished.config).labeled}
-        self.starts = range(0, len(clip.items) - PIECE + 1, EVERY)
-        self.scored = [item.name not in trained for item in clip.items]
-        if not any(self.scored[start + number] for start in self.starts for number in range(1, PIECE)):
+        starts = range(0, len(clip.frames) - PIECE + 1, EVERY)
+        self.pieces = [Clip(clip.finished, clip.classifier, clip.frames[start : start + PIECE]) for start in starts]
+        self.scored = {frame.item.name for piece in self.pieces for frame in piece.frames[1:]} - trained
+        if not self.scored:
             raise ConfigError(
                 f"choose_on: expected pieces of {PIECE} frames with some that the network was not trained on, "
-                f"found none in {len(clip.items)} frames"
+                f"found none in {len(clip.frames)} frames"
             )
-        self.tried: list[dict[str, Any]] = []
 
-    def best(self, settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The setting with the highest score; all go to `tried`."""
-        with make_bar(len(settings), f"choose, {self.kind}") as bar:
-            for setting in settings:
-                self.tried.append(setting | {"miou": self.score(setting)})
-                bar.update()
-        top = max(range(-len(settings), 0), key=lambda index: self.tried[index]["miou"])
-        return settings[top]
-
-    def score(self, setting: dict[str, Any]) -> float:
+    def score(self, method: Method) -> float:
         """The mIoU over all pieces, in percent."""
-        metric, carrying = make_metric(self.num_classes), Carrying(**setting)
-        for start in self.starts:
-            given = {0: self.clip.truth(start)}
-            describe = self.described[start : start + PIECE].__getitem__
-            for number, labels in carry(describe, PIECE, given, self.num_classes, carrying):
-                if self.scored[start + number]:
-                    metric.update(labels[None], self.clip.truth(start + number)[None].long())
+        metric = make_metric(self.pieces[0].num_classes)
+        for piece in self.pieces:
+            for number, labels in method(piece):
+                if piece.frames[number].item.name in self.scored:
+                    metric.update(labels[None], piece.frames[number].truth[None].long())
         return 100 * metric.compute()["miou"].item()
+
+    def best(self, method: Callable[..., Iterator[tuple[int, Tensor]]], **options: Sequence[Any]) -> dict[str, Any]:
+        """Of all combinations of options the setting with the highest mIoU, the first of equals, and what was tried."""
+        tried = []
+        settings = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+        with make_bar(len(settings), f"choose, {method.__name__}") as bar:
+            for setting in settings:
+                tried.append(setting | {"miou": self.score(partial(method, **setting))})
+                bar.update()
+        top = max(range(len(settings)), key=lambda index: (tried[index]["miou"], -index))
+        return {"setting": settings[top], "tried": tried}
 
 
 def choose(clip: Clip) -> dict[str, dict[str, Any]]:
-    """For both kinds of features the settings with the highest mIoU, one option after the other, and all tried ones.
-
-    First sharpness and place with the given frame alone, then the memory, then the network's share in both.
-    """
-    chosen: dict[str, dict[str, Any]] = {}
+    """The settings of every method; sharpness and place first, with the given frame alone."""
+    best = Pieces(clip).best
+    chosen = {
+        "attention": best(carried, kind=["backbone"], sharpness=SHARPNESS, position=POSITION),
+        "discriminant": best(classified, kind=["backbone"], shrinkage=SHRINKAGE, share=[1.0]),
+        "last layer": best(tuned, steps=TRAINED, lr=LR),
+        "plus discriminant": best(classified, kind=["decoder"], shrinkage=SHRINKAGE, share=SHARE, trust=[1.0]),
+    }
+    first = {name: [value] for name, value in chosen["attention"]["setting"].items()}
+    chosen["window"] = best(carried, **first | {"position": [0.0], "radius": RADIUS})
+    chosen["memory"] = best(carried, **first, last=[LAST], labels=MEMORIES, doubt=DOUBT)
     for kind in ("backbone", "decoder"):
-        pieces = Pieces(clip, kind)
-        best = pieces.best
-        sharp = best([ALONE | {"sharpness": w, "position": x} for w, x in itertools.product(SHARPNESS, POSITION)])
-        window = best([sharp | {"position": 0.0, "radius": radius} for radius in RADIUS])
-        memories = itertools.product(MEMORIES, DOUBT, PLACED)
-        memory = best([sharp | {"last": LAST, "labels": m, "doubt": d, "position": x} for m, d, x in memories])
-        chosen[kind] = {
-            "first": sharp,
-            "window": window,
-            "memory": memory,
-            "first, network": best([sharp | {"trust": trust} for trust in TRUST]),
-            "memory, network": best([memory | {"trust": trust} for trust in TRUST]),
-            "tried": pieces.tried,
-        }
+        chosen[f"corrected, {kind}"] = best(
+            carried, kind=[kind], corrects=[True], sharpness=SHARPNESS, position=POSITION, steps=STEPS
+        )
     return chosen
 
 
-def rows(settings: dict[str, dict[str, dict[str, Any]]], second: int) -> dict[str, tuple[str, Carrying]]:
-    """A row's name -> the features and the settings that it takes; `second` is the number of frames in a second."""
-    table: dict[str, tuple[str, Carrying]] = {}
-    for kind in ("backbone", "decoder"):
-        chosen = {name: Carrying(**setting) for name, setting in settings[kind].items() if name != "tried"}
-        memory, blended = chosen["memory"], chosen["memory, network"]
-        both = f"{kind}: first and last {LAST}"
-        table[f"{kind}: first frame"] = (kind, chosen["first"])
-        if kind == "backbone":
-            table[f"{kind}: first frame, in a window"] = (kind, chosen["window"])
-            for labels in MEMORIES:
-                table[f"{both}, {labels}"] = (kind, replace(memory, labels=labels, doubt=0.0))
-        table[f"{both}, as chosen"] = (kind, memory)
-        table[f"{both}, as chosen, one a second"] = (kind, replace(memory, every=second))
-        table[f"{kind}: first frame, times the network"] = (kind, chosen["first, network"])
-        if kind == "decoder":
-            table[f"{both}, times the network"] = (kind, blended)
-            table[f"{both}, one a second, times the network"] = (kind, replace(blended, every=second))
-    return table
-
-
-def measure(clip: Clip, kind: str, carrying: Carrying) -> dict[str, Any]:
-    """Scores of a whole clip from its first frame, and seconds a frame, without the network's."""
-    names, described = clip.finished.class_names, clip.described(kind)
+def measure(clip: Clip, method: Method) -> dict[str, Any]:
+    """Scores of a whole clip from its first frame, and seconds a frame, without those that features take."""
     start = time.perf_counter()
-    predicted = dict(carry(described.__getitem__, len(described), {0: clip.truth(0)}, len(names), carrying))
+    predicted = dict(method(clip))
     seconds = (time.perf_counter() - start) / len(predicted)
-    return score_clip(predicted, clip.items, names) | {"seconds": round(seconds, 3)}
-
-
-def baselines(clip: Clip) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Copying the first frame, and the network alone."""
-    numbers, names = range(1, len(clip.items)), clip.finished.class_names
-    yield "the first frame copied", score_clip(dict.fromkeys(numbers, _filled(clip.truth(0))), clip.items, names)
-    network, predicted = clip.finished.network("tested"), {}
-    for number in numbers:
-        logits = network(clip.images.cached[clip.items[number].image][None].float()).logits
-        resized = F.interpolate(logits, clip.truth(number).shape, mode="bilinear", align_corners=True)
-        predicted[number] = resized[0].argmax(0)
-    yield "the network alone", score_clip(predicted, clip.items, names)
+    scores = score_clip(predicted, [frame.item for frame in clip.frames], clip.finished.class_names)
+    return scores | {"seconds": round(seconds, 3)}
 
 
 def add_clips_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,41 +291,36 @@ def clips(arguments: argparse.Namespace) -> None:
         result |= {"chosen": choose(make_clip(runs[0], arguments.choose_on)), "figures": {}}
         write_json(path, result)
     for run in runs:
-        clip = make_clip(run, None)
-        figures = result["figures"].setdefault(clip.images.name, {})
-        if not figures:
-            figures |= dict(baselines(clip))
-        for name, (kind, carrying) in rows(result["chosen"], arguments.second).items():
-            # What no network takes part in is the same for all.
-            if name in figures or (kind == "backbone" and not carrying.trust and run is not runs[0]):
-                continue
-            figures[name] = measure(clip, kind, carrying) | {"setting": asdict(carrying)}
+        rows, name = methods(result["chosen"], arguments.second), run.path.resolve().parent.name
+        figures = result["figures"].setdefault(name, {})
+        if run is not runs[0]:
+            rows = {row: method for row, method in rows.items() if row.startswith(WITH_NETWORK)}
+        missing = [row for row in rows if row not in figures]
+        clip = make_clip(run, None) if missing else None
+        for row in missing:
+            figures[row] = measure(clip, rows[row])
             write_json(path, result)
-            print(f"{clip.images.name}, {name}: {100 * figures[name]['miou']:.1f}", flush=True)
+            print(f"{name}, {row}: {100 * figures[row]['miou']:.1f}", flush=True)
     table = make_table(result)
     write_bytes(arguments.out / "clips.md", table.encode())
     print(table)
 
 
 def make_table(result: dict[str, Any]) -> str:
-    """The mIoU over the clip and at single frames, and its range over the networks."""
+    """The mIoU over the clip and at single frames, each network's, and paired gains with their standard errors."""
     first, *others = result["figures"].values()
     head = [f"at frame {number}" for number in FRAMES]
     lines = [f"| mIoU | all frames | {' | '.join(head)} | seconds a frame |", "|---" * (len(FRAMES) + 3) + "|"]
     for name in first:
         entries = [first[name], *(figures[name] for figures in others if name in figures)]
-        if name == "the first frame copied":
-            entries = entries[:1]
         values = [100 * entry["miou"] for entry in entries]
         spread = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
         frames = [[100 * entry["frames"].get(str(number), np.nan) for number in FRAMES] for entry in entries]
         times = [f"{value:.1f}" for value in np.mean(frames, 0)]
-        seconds = f"{np.mean([entry['seconds'] for entry in entries]):.2f}" if "seconds" in entries[0] else ""
-        lines.append(f"| {name} | {np.mean(values):.1f}{spread} | {' | '.join(times)} | {seconds} |")
+        seconds = np.mean([entry["seconds"] for entry in entries])
+        lines.append(f"| {name} | {np.mean(values):.1f}{spread} | {' | '.join(times)} | {seconds:.2f} |")
+    for method, control in GAINS:
+        gains = [100 * (of_run[method]["miou"] - of_run[control]["miou"]) for of_run in result["figures"].values()]
+        error = f" ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
+        lines.append(f"| *{method}* over *{control}* | {np.mean(gains):+.1f}{error} |" + " |" * (len(FRAMES) + 1))
     return "\n".join(lines) + "\n"
-
-
-def _filled(labels: Tensor) -> Tensor:
-    """Labels with those of the nearest labelled pixel where there is none: a copy has to say something everywhere."""
-    nearest = distance_transform_edt((labels == VOID).numpy(), return_distances=False, return_indices=True)
-    return labels[tuple(torch.from_numpy(nearest).long())]

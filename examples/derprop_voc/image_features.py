@@ -19,10 +19,13 @@ from .sources import DataError
 Describe = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
-def network_features(network: nn.Module) -> Describe:
-    """The features V and the logits of a trained network."""
+def network_features(network: nn.Module, *, of_backbone: bool) -> Describe:
+    """The features V and the logits of a trained network; `of_backbone`: if it is frozen, the backbone's for V."""
 
     def describe(image: Tensor) -> tuple[Tensor, Tensor | None]:
+        if of_backbone and isinstance(network, FrozenNetwork):
+            features = network.backbone_features(image)
+            return standardised(features), network(features).logits
         output = network(image)
         return output.feats, output.logits
 
@@ -71,7 +74,7 @@ def add_features_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_describe(
-    arguments: argparse.Namespace, highest: int, labels: Path
+    arguments: argparse.Namespace, highest: int, labels: Path, *, of_backbone: bool = False
 ) -> tuple[tuple[str, ...], torch.device, Callable[[Path], tuple[Tensor, Tensor | None]]]:
     """Class names, the device, and what gives the features of an image and, with a run, its logits.
 
@@ -79,6 +82,7 @@ def make_describe(
         arguments: of `add_features_arguments` and of the machine.
         highest: the largest label.
         labels: where it is, for the error.
+        of_backbone: see `network_features`.
     """
     if not 0 < arguments.enlarge < float("inf"):
         raise ConfigError(f"enlarge: expected above 0, got {arguments.enlarge}")
@@ -98,7 +102,7 @@ def make_describe(
             raise ConfigError("class_names: a run has its own; leave this option out")
         (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
         names, size = finished.class_names, finished.config.image_size
-        describe = network_features(finished.network(arguments.network))
+        describe = network_features(finished.network(arguments.network), of_backbone=of_backbone)
     if highest >= len(names):
         raise DataError(f"{labels}: expected labels 0 to {len(names) - 1} or {VOID}, found {highest}")
 

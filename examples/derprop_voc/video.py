@@ -1,8 +1,8 @@
 """`video`: the labels of one frame of a clip, or of a few, carried to all others by attention over a memory of frames.
 
-The memory holds the given frames, which stay, and the last few that were predicted. Every pixel of a new frame averages
-the labels of the memory's pixels most like it, in features and place; a network's own prediction can be multiplied in.
-`clips` measures what that is worth.
+Without a network every pixel of a new frame averages the labels of the memory's pixels most like it, in features and
+place. The memory holds the given frames, which stay, and on request some that were predicted. With a network what it
+gets wrong in the given frames is carried instead, and added to what it says. `clips` measures what that is worth.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from .progress import make_bar
 from .sources import DataError, Item
 
 Labels = Literal["confident", "hard", "soft"]
-# Features (1, D, h, w) of a frame, and class probabilities (1, C, H, W) of a network or None.
+# Features (1, D, h, w) of a frame, and logits (1, C, h', w') of a network or None.
 Described = tuple[Tensor, Tensor | None]
 FRAMES = (1, 10, 25, 50, 100)  # after the given one, at which scores over time are printed
 
@@ -42,22 +42,19 @@ FRAMES = (1, 10, 25, 50, 100)  # after the given one, at which scores over time 
 class Carrying:
     """How labels are carried; the defaults follow what `clips` finds on a training clip of CamVid.
 
-    There remembered frames change the best mIoU by -1.8 to +0.1 without a network and by +0.4 to +0.6 with one
-    (`results/video/clips.json`), so none are remembered.
-
     Args:
         sharpness: `1 / sigma^2` of the Gaussian on features of unit length.
         position: how much the place counts: two pixels the image's height apart are as different as features whose
             difference has this length.
         radius: of a window on the grid of the features in place of `position`, each frame of the memory for itself
             and then averaged; 0: no window.
-        last: predicted frames in the memory.
+        last: predicted frames in the memory; without a network.
         every: of how many predicted frames one is remembered.
         labels: what a predicted frame gives: "soft" its probabilities; "hard" their largest as one-hot; "confident"
             the same, where the probability is at least `threshold`.
         threshold: see `labels`.
         doubt: a pixel of a predicted frame counts `exp(-doubt)` times as much as one of a given frame.
-        trust: exponent of the network's probabilities, which are multiplied in.
+        steps: with a network, how often what it still gets wrong in the given frames is carried.
     """
 
     sharpness: float = 100.0
@@ -68,16 +65,17 @@ class Carrying:
     labels: Labels = "hard"
     threshold: float = 0.8
     doubt: float = 2.0
-    trust: float = 1.0
+    steps: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("position", "radius", "last", "threshold", "doubt", "trust"):
+        for name in ("position", "radius", "last", "threshold", "doubt"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        if self.sharpness <= 0 or self.every < 1:
-            raise ConfigError(
-                f"sharpness, every: expected above 0 and at least 1, got {self.sharpness} and {self.every}"
-            )
+        for name in ("every", "steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.sharpness <= 0:
+            raise ConfigError(f"sharpness: expected above 0, got {self.sharpness}")
 
     @property
     def affinity(self) -> Softmax:
@@ -126,19 +124,35 @@ class Memory:
                 is_source = confidence >= self.carrying.threshold
         self.last.append((self._placed(feats, doubt=self.carrying.doubt), labels, is_source))
 
-    def recall(self, feats: Tensor, size: Sequence[int]) -> Tensor:
-        """Probabilities (1, C, H, W) of a new frame."""
-        sources, labels, is_source = (torch.cat(parts) for parts in zip(*self.given, *self.last, strict=True))
-        targets = self._placed(feats, doubt=0.0)
+    def correct(self, logits: Sequence[Tensor]) -> None:
+        """What a network's logits (1, C, h', w') on the given frames lack of the labels takes the labels' place.
+
+        In each step the logits are corrected by the errors that are left; the sum of the errors is what is carried to
+        other frames, since attention is linear in it.
+        """
+        placed, labels, known = zip(*self.given, strict=True)
+        current = [F.adaptive_avg_pool2d(L, truth.shape[-2:]) for L, truth in zip(logits, labels, strict=True)]
+        total = [torch.zeros_like(truth) for truth in labels]
+        for _ in range(self.carrying.steps):
+            errors = [truth - L.softmax(1) for truth, L in zip(labels, current, strict=True)]
+            total = [x + error for x, error in zip(total, errors, strict=True)]
+            step = list(zip(placed, errors, known, strict=True))
+            current = [L + self._average(step, targets) for L, targets in zip(current, placed, strict=True)]
+        self.given = list(zip(placed, total, known, strict=True))
+
+    def recall(self, feats: Tensor) -> Tensor:
+        """The averages (1, C, h, w) for a new frame: of labels or, after `correct`, of what is to be added."""
+        return self._average([*self.given, *self.last], self._placed(feats, doubt=0.0))
+
+    def _average(self, frames: Sequence[tuple[Tensor, Tensor, Tensor]], targets: Tensor) -> Tensor:
+        sources, values, is_source = (torch.cat(parts) for parts in zip(*frames, strict=True))
         if self.carrying.radius:
-            each = self.propagate(labels, sources, targets.expand_as(sources), mask=is_source)
-            carried = each.sum(0, keepdim=True)
-        else:  # all pixels of all frames are the sources of one softmax
-            flat = (x.transpose(0, 1).flatten(1)[None] for x in (labels, sources))
-            carried = self.propagate(*flat, targets.flatten(2), mask=is_source.flatten()[None])
-            carried = carried.unflatten(2, feats.shape[-2:])
-        carried = carried + 1e-6  # no class is ruled out by what the memory shows
-        return F.interpolate(carried / carried.sum(1, keepdim=True), tuple(size), mode="bilinear")
+            return self.propagate(values, sources, targets.expand_as(sources), mask=is_source).mean(0, keepdim=True)
+        # All pixels of all frames are the sources of one softmax.
+        flat = (x.transpose(0, 1).flatten(1)[None] for x in (values, sources))
+        return self.propagate(*flat, targets.flatten(2), mask=is_source.flatten()[None]).unflatten(
+            2, targets.shape[-2:]
+        )
 
     def _placed(self, feats: Tensor, *, doubt: float) -> Tensor:
         """Unit features with the place as two more channels, and the doubt as a distance to all targets as a third."""
@@ -160,27 +174,30 @@ def carry(
     """Carries labels forward from the first given frame, then backward from it; yields a frame's number and ids (H, W).
 
     Args:
-        describe: a frame's number -> its features and probabilities. Called once for each frame that is not given.
+        describe: a frame's number -> its features and, with a network, logits. Called once for each frame.
         count: of frames.
         given: a frame's number -> its labels (H, W), `VOID` where there is none.
         num_classes: C.
         carrying: the settings.
     """
-    memory = Memory(carrying)
+    memory, of_given = Memory(carrying), []
     for number, truth in given.items():
-        memory.give(describe(number)[0], truth, num_classes)
-    start, size = min(given), next(iter(given.values())).shape
+        feats, logits = describe(number)
+        memory.give(feats, truth, num_classes)
+        of_given += [] if logits is None else [logits]
+    if of_given:
+        memory.correct(of_given)
+    start, size = min(given), tuple(next(iter(given.values())).shape)
     for numbers in (range(start, count), reversed(range(start))):
         memory.last.clear()
         unknown = (number for number in numbers if number not in given)
         for step, number in enumerate(unknown):
-            feats, P = describe(number)
-            out = memory.recall(feats, size)
-            if P is not None and carrying.trust:
-                out = out * F.interpolate(P, tuple(size), mode="bilinear", align_corners=True) ** carrying.trust
-                out = out / out.sum(1, keepdim=True)
-            if step % carrying.every == carrying.every - 1:
-                memory.remember(feats, out)
+            feats, logits = describe(number)
+            out = F.interpolate(memory.recall(feats), size, mode="bilinear")
+            if logits is not None:
+                out = out + F.interpolate(logits, size, mode="bilinear", align_corners=True)
+            elif step % carrying.every == carrying.every - 1:
+                memory.remember(feats, out / out.sum(1, keepdim=True).clamp(min=1e-6))
             yield number, out[0].max(0).indices
 
 
@@ -213,12 +230,12 @@ def add_carrying_arguments(parser: argparse.ArgumentParser) -> None:
         "sharpness": "of the attention",
         "position": "weight of the place",
         "radius": "of a window in place of it",
-        "last": "predicted frames in the memory",
+        "last": "predicted frames in the memory, without --run",
         "every": "of how many predicted frames one is remembered",
         "labels": "what these give",
         "threshold": "of confident labels",
         "doubt": "a predicted frame counts exp(-doubt) times as much as a given one",
-        "trust": "exponent of the network's prediction; 0: leave it out",
+        "steps": "with --run, of its errors",
     }
     for item in fields(Carrying):
         choices = get_args(Labels) if item.name == "labels" else None
@@ -237,6 +254,8 @@ def video(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.alpha <= 1:
         raise ConfigError(f"alpha: expected 0 to 1, got {arguments.alpha}")
     carrying = Carrying(**{item.name: getattr(arguments, item.name) for item in fields(Carrying)})
+    if arguments.run is not None and carrying.last:
+        raise ConfigError("last: predicted frames are remembered without a network only; leave out last or run")
     items = find_frames(arguments.frames, arguments.masks)
     if arguments.out.resolve() in {path.resolve() for item in items for path in (item.image.parent, item.mask.parent)}:
         raise ConfigError(f"out: expected another folder than those of images and masks, got {arguments.out}")
@@ -255,19 +274,16 @@ def video(arguments: argparse.Namespace) -> None:
         )
     # Masks that are for scores alone are looked at now, not after all frames.
     highest = max(check_mask(item, VOID) for item in items if item.mask.is_file())
-    names, device, of_image = make_describe(arguments, highest, arguments.masks or arguments.frames)
-
-    def describe(number: int) -> Described:
-        feats, logits = of_image(items[number].image)
-        return feats, None if logits is None else logits.softmax(1)
-
+    names, device, describe = make_describe(arguments, highest, arguments.masks or arguments.frames, of_backbone=True)
     given = {numbers[name]: torch.from_numpy(read_mask(items[numbers[name]])).to(device) for name in chosen}
     colours = np.full((VOID + 1, 3), 255, np.uint8)  # void is white; a shorter palette would make PNG cut its id
     colours[: len(names)] = np.round(255 * class_colours(len(names)))
     ids = dict(given)
     start = time.perf_counter()
     with make_bar(len(items) - len(given), "video", progress=True) as bar:
-        for number, labels in carry(describe, len(items), given, len(names), carrying):
+        for number, labels in carry(
+            lambda number: describe(items[number].image), len(items), given, len(names), carrying
+        ):
             ids[number] = labels
             bar.update()
     seconds = (time.perf_counter() - start) / max(1, len(items) - len(given))

@@ -22,7 +22,6 @@ from examples.derprop_voc.video import Carrying, Memory, add_video_arguments, ca
 from tests.example.test_frozen import FROZEN
 
 GRID, SIZE, D, C = (3, 4), (6, 8), 5, 3
-ALONE = {"last": 0, "doubt": 0.0, "trust": 0.0}
 
 
 def feats():
@@ -98,8 +97,7 @@ def test_a_memory_is_its_definition(labels):
     ]
     assert list(np.flatnonzero(~frames[0][2])) == [0, 2]
     expected = literal(frames, target[0].flatten(1).numpy(), carrying)
-    np.testing.assert_allclose(memory.recall(target, GRID)[0].flatten(1), expected, atol=5e-6)
-    assert memory.recall(target, SIZE).shape == (1, C, *SIZE)
+    np.testing.assert_allclose(memory.recall(target)[0].flatten(1), expected, atol=5e-6)
 
 
 def test_a_window_takes_each_frame_for_itself():
@@ -119,16 +117,16 @@ def test_a_window_takes_each_frame_for_itself():
                 near = (slice(max(0, y - 1), y + 2), slice(max(0, x - 1), x + 2))
                 share = (3.0 * (V[:, *near] * unit[:, y, x, None, None]).sum(0)).flatten().softmax(0)
                 expected[:, y, x] += L[:, *near].flatten(1) @ share / 2
-    torch.testing.assert_close(memory.recall(target, GRID)[0], expected, atol=5e-6, rtol=0)
+    torch.testing.assert_close(memory.recall(target)[0], expected, atol=5e-6, rtol=0)
 
 
 def test_a_predicted_frame_without_a_confident_pixel_gives_nothing():
     memory = Memory(Carrying(threshold=1.0, position=0.0, last=1, labels="confident"))
     given, target = feats(), feats()
     memory.give(given, torch.randint(C, SIZE), C)
-    before = memory.recall(target, SIZE)
+    before = memory.recall(target)
     memory.remember(feats(), probabilities())
-    torch.testing.assert_close(memory.recall(target, SIZE), before)
+    torch.testing.assert_close(memory.recall(target), before)
 
 
 def test_a_given_frame_needs_more_than_clicks():
@@ -141,9 +139,9 @@ def test_a_given_frame_needs_more_than_clicks():
 def test_options_are_checked():
     for options, text in (
         ({"last": -1}, "last: expected at least 0, got -1"),
-        ({"trust": -0.5}, "trust: expected at least 0"),
-        ({"sharpness": 0.0}, "sharpness, every: expected above 0"),
-        ({"every": 0}, "got 100.0 and 0"),
+        ({"sharpness": 0.0}, "sharpness: expected above 0, got 0.0"),
+        ({"every": 0}, "every: expected at least 1, got 0"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
     ):
         with pytest.raises(ConfigError, match=text):
             Carrying(**options)
@@ -157,9 +155,9 @@ def recorded(monkeypatch):
     """What a memory is asked for: at each recall the remembered frames, by the first number of their features."""
     seen = []
 
-    def recall(self, feats, size):
+    def recall(self, feats):
         seen.append((feats[0, 0, 0, 0].item(), [frame[0].item() for frame in self.last]))
-        return torch.full((1, C, *size), 1 / C)
+        return torch.full((1, C, *GRID), 1 / C)
 
     def remember(self, feats, probabilities):
         self.last.append((feats[0, 0, 0, 0],))
@@ -191,17 +189,39 @@ def test_forward_from_the_first_given_frame_then_backward(recorded, last, every,
     assert sorted(described) == list(range(7))
 
 
-def test_the_network_is_multiplied_in_as_far_as_it_is_trusted():
+def test_a_network_is_corrected_by_its_errors_in_all_given_frames():
+    """Step by step: of two given frames each hears the errors of both, and the third frame the sum of all errors."""
     torch.manual_seed(0)
-    first, second, P, truth = feats(), feats(), probabilities(), torch.randint(C, SIZE)
-    memory = Memory(Carrying(**ALONE))
-    memory.give(first, truth, C)
-    carried = memory.recall(second, SIZE)
-    for trust in (0.0, 0.5, 3.0):
-        carrying = Carrying(**(ALONE | {"trust": trust}))
-        ((_, labels),) = carry([(first, P), (second, P)].__getitem__, 2, {0: truth}, C, carrying)
-        assert torch.equal(labels, (carried.log() + trust * P.log())[0].argmax(0))
-    assert not torch.equal(labels, carried[0].argmax(0))
+    carrying = Carrying(sharpness=3.0, position=0.7, steps=3)
+    truths = [torch.randint(C, SIZE) for _ in range(2)]
+    described = [(feats(), 2 * torch.randn(1, C, *GRID)) for _ in range(3)]
+    V = [x[0].flatten(1).double().numpy() for x, _ in described]
+    L = [x[0].flatten(1).double().numpy() for _, x in described]
+    labels = [cells(np.stack([truth.numpy() == c for c in range(C)]).astype(float)) for truth in truths]
+    for _ in range(3):
+        errors = [truth - np.exp(x) / np.exp(x).sum(0) for truth, x in zip(labels, L[:2], strict=True)]
+        frames = [(V[k], errors[k], np.ones(12), 0.0) for k in range(2)]
+        L = [x + literal(frames, target, carrying) for x, target in zip(L, V, strict=True)]
+    memory = Memory(carrying)
+    for (x, _), truth in zip(described, truths, strict=False):
+        memory.give(x, truth, C)
+    memory.correct([logits for _, logits in described[:2]])
+    expected = L[2] - described[2][1][0].flatten(1).numpy()
+    np.testing.assert_allclose(memory.recall(described[2][0])[0].flatten(1), expected, atol=5e-6)
+    ((number, ids),) = carry(described.__getitem__, 3, dict(enumerate(truths)), C, carrying)
+    assert number == 2
+    out = torch.nn.functional.interpolate(memory.recall(described[2][0]), SIZE, mode="bilinear")
+    out = out + torch.nn.functional.interpolate(described[2][1], SIZE, mode="bilinear", align_corners=True)
+    assert torch.equal(ids, out[0].argmax(0))
+
+
+def test_where_the_network_is_right_nothing_is_carried():
+    truth = torch.randint(C, GRID)
+    logits = 40 * torch.nn.functional.one_hot(truth, C).permute(2, 0, 1)[None].float()
+    memory = Memory(Carrying())
+    memory.give(feats(), truth, C)
+    memory.correct([logits])
+    assert memory.recall(feats()).abs().max() < 1e-6
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -322,7 +342,8 @@ def test_frames_are_a_folder_or_a_list_and_of_one_size(clip, tmp_path):
 def test_the_table_is_measured_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """Two networks, on a clip that is no clip."""
     write_scenes(tmp_path / "data", labeled=4, unlabeled=6, val=4, size=(40, 48), seed=1)
-    for name, value in (("PIECE", 3), ("EVERY", 4), ("SHARPNESS", (60.0,)), ("RADIUS", (1,)), ("FRAMES", (1, 50))):
+    grid = {"PIECE": 3, "EVERY": 4, "SHARPNESS": (60.0,), "RADIUS": (1,), "STEPS": (1, 2), "FRAMES": (1, 50)}
+    for name, value in grid.items():
         monkeypatch.setattr(clips_file, name, value)
     folders = []
     for seed in (0, 1):
@@ -347,25 +368,27 @@ def test_the_table_is_measured_and_goes_on_where_it_stopped(tmp_path, monkeypatc
     result = json.loads((tmp_path / "out" / "clips.json").read_text())
     first, second = (result["figures"][f"run_{seed}"] for seed in (0, 1))
     # What needs no network is measured once.
-    assert set(first) - set(second) == {name for name in first if name.startswith("backbone") and "network" not in name}
+    assert {name for name in first if "network" in name or "last layer" in name} == set(second)
     for chosen in result["chosen"].values():
-        alone = [entry for entry in chosen["tried"] if not (entry["last"] or entry["trust"] or entry.get("radius"))]
-        best = max(alone, key=lambda entry: entry["miou"])
-        assert {name: best[name] for name in chosen["first"]} == chosen["first"]
+        best = max(chosen["tried"], key=lambda entry: entry["miou"])
+        assert {name: best[name] for name in chosen["setting"]} == chosen["setting"]
     table = (tmp_path / "out" / "clips.md").read_text()
     rows = dict.fromkeys(line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:])
-    assert list(rows) == list(first)
-    alone = [100 * figures["the network alone"]["miou"] for figures in (first, second)]
-    assert f"| the network alone | {np.mean(alone):.1f} ({alone[0]:.1f}, {alone[1]:.1f}) | " in table
+    assert list(rows)[: len(first)] == list(first)
+    alone = [100 * figures["network alone"]["miou"] for figures in (first, second)]
+    assert f"| network alone | {np.mean(alone):.1f} ({alone[0]:.1f}, {alone[1]:.1f}) | " in table
+    gains = [100 * figures[clips_file.CORRECTED]["miou"] for figures in (first, second)] - np.array(alone)
+    error = abs(gains[0] - gains[1]) / 2
+    assert f"over *network alone* | {gains.mean():+.1f} ± {error:.1f} |" in table
     # Of two pieces, one of images that the network was trained on, only the other is scored.
     finished = load_finished([folders[0] / "latest.pt"], torch.device("cpu"))[0]
     scored, metric = [], MagicMock()
     metric.update = lambda labels, truth: scored.append(len(truth))
     monkeypatch.setattr(clips_file, "make_metric", lambda _: metric)
-    Pieces(make_clip(finished, ""), "decoder").score(ALONE)
+    Pieces(make_clip(finished, "")).score(clips_file.copied)
     assert len(scored) == 2
     monkeypatch.setattr(clips_file, "measure", lambda *_: pytest.fail("measured again"))
     capsys.readouterr()
     command(add_clips_arguments, clips, *flags, "--choose-on", prefix)
     assert capsys.readouterr().out.strip() == table.strip()
-    assert tuple(first["the network alone"]["iou"]) == CLASS_NAMES
+    assert tuple(first["network alone"]["iou"]) == CLASS_NAMES
