@@ -216,6 +216,7 @@ def test_classifiers(data, dtype, form, number):
         C = tensors[0].shape[1]
         options["statistics"] = ClassStatistics(C, D)
         options["statistics"].update(data.draw(tensor(F64, 2, C, 4, 3)), data.draw(tensor(F64, 2, D, 4, 3)))
+        options["across"] = data.draw(st.sampled_from(["image", "batch", "stored"]))
     # Near its clip the logarithm of the ridge magnifies, so of it the probabilities.
     shown, book = (torch.exp, np.exp) if form == "ridge" else (torch.clone, np.asarray)
     compare(

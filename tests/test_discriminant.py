@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_images_are_apart_unless_asked_for(form):
     assert (together - out).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("across", ["image", "batch"])
+@pytest.mark.parametrize("across", ["image", "batch", "stored"])
 def test_stored_statistics(across):
     logits, feats, target_feats = inputs((9, 7), (4, 5), (3, 2))
     statistics = stored()
@@ -188,6 +189,21 @@ def test_stored_statistics_are_more_pixels():
     wanted = propagate("discriminant", *pair, target_feats)
     actual = propagate("discriminant", other, other_feats, target_feats, statistics=statistics)
     assert_close(actual, wanted.numpy(), "classifier")
+
+
+def test_stored_statistics_alone_leave_the_logits_unread():
+    """An image that they contain is not counted twice, and features alone are judged."""
+    logits, feats, _ = inputs()
+    statistics = ClassStatistics(3, 4)
+    statistics.update(logits, feats)
+    by_stored = partial(propagate, "discriminant", across="stored", statistics=statistics)
+    out = by_stored(logits, feats)
+    assert_close(out, propagate("discriminant", logits, feats, across="batch").numpy(), "classifier")
+    assert torch.equal(by_stored(torch.randn_like(logits), feats), out)
+    one = by_stored(logits[:1, :, :1, :1], feats[:1, :, :1, :1])
+    assert_close(one, out[:1, :, :1, :1].numpy(), "classifier")
+    assert gradcheck(lambda x: by_stored(logits, x), (feats.requires_grad_(),))
+    assert not by_stored(logits.requires_grad_(), feats.detach()).requires_grad
 
 
 def test_an_empty_store_adds_nothing():
@@ -621,6 +637,10 @@ def test_options_are_checked_at_construction(form, options, error, match):
 
 
 def test_statistics_must_be_statistics():
+    with pytest.raises(ValueError, match="across='stored' needs statistics"):
+        Discriminant(across="stored")
+    with pytest.raises(ValueError, match="across must be one of"):
+        Ridge(across="stored")
     with pytest.raises(TypeError, match="statistics must be a ClassStatistics or None, got dict"):
         Discriminant(statistics={})
     with pytest.raises(TypeError, match="statistics"):

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from dlprop import DerivativeLabelPropagation
-from dlprop.affinity import Discriminant
-from dlprop.features import Pixels
 from dlprop.statistics import ClassStatistics
 
 from .choice import Finished
@@ -26,24 +24,6 @@ from .sources import Item
 
 FORMAT = "derprop_voc statistics 1"
 BUFFERS = ("counts", "sums", "second")
-
-
-@dataclass(frozen=True)
-class Alone:
-    """A discriminant by its stored `statistics` alone, without those of the image at hand.
-
-    Of a folder that the image belongs to, the statistics contain it already: added again, it would count twice.
-    """
-
-    discriminant: Discriminant
-
-    def propagate(self, sources: Pixels, targets: Pixels) -> Tensor:
-        """Log-probabilities of the targets; see `dlprop.affinity.Affinity`."""
-        one = sources.logits[:, :, :1]
-        nothing = replace(  # one pixel that counts 0 times
-            sources, feats=sources.feats[:, :, :1], logits=one, counts=torch.zeros_like(one[:, :1]), upsampling=None
-        )
-        return self.discriminant.propagate(nothing, targets)
 
 
 @dataclass(frozen=True)
@@ -165,7 +145,8 @@ def pooled_propagation(config: Config, pooled: Pooled | None, *, add_own: bool =
     made = make_propagation(config, pooled.statistics)
     if config.across != "data":
         return made
-    return DerivativeLabelPropagation(Alone(made.affinity), resolution=made.resolution)
+    alone = replace(made.affinity, across="stored")  # they contain the image already
+    return DerivativeLabelPropagation(alone, resolution=made.resolution)
 
 
 def pool_for(

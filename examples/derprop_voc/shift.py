@@ -27,7 +27,7 @@ from .evaluate import confusion, mean_iou
 from .files import write_bytes, write_json
 from .measuring import Images, add_measuring_arguments, begin, images_of, run_name
 from .model import Output
-from .pooled import Alone, shares
+from .pooled import shares
 from .progress import make_bar
 from .rectification import adjusted
 from .sources import DataError, find_source
@@ -172,7 +172,7 @@ def measure(images: Images, classes: ClassMap, *, tau: float, shrinkage: float) 
                 rows[row_name("logit adjustment", size)] = adjusted(output.logits, shares(group), tau)
             for method, share in (("discriminant", 1.0), ("mean of P and discriminant", 0.5)):
                 for size, group in groups.items():
-                    affinity = Alone(Discriminant(shrinkage=shrinkage, statistics=group))
+                    affinity = Discriminant(shrinkage=shrinkage, statistics=group, across="stored")
                     blended = DerivativeLabelPropagation(affinity).rectify(*output, ramp=share)
                     rows[row_name(method, size)] = blended.log()
             for name, logits in rows.items():

@@ -121,7 +121,7 @@ def propagate(
     resolution="feats",
     align_corners=True,
 ):
-    """Log-probabilities (N, C, ...): "discriminant" or "ridge". `stored` are Statistics that are added."""
+    """Log-probabilities (N, C, ...): "discriminant" or "ridge". `stored` are Statistics that are added or alone."""
     shrinkage = {"discriminant": 0.1, "ridge": 0.03}[form] if shrinkage is None else shrinkage
     targets = feats if target_feats is None else target_feats
     logits, feats, targets = (
@@ -146,7 +146,9 @@ def propagate(
         own.append(statistics(P * w, v))
     if across == "batch":
         own = [together(own)] * N
-    if stored is not None:
+    if across == "stored":
+        own = [stored] * N
+    elif stored is not None:
         own = [together([x, stored]) for x in own]
 
     out = []

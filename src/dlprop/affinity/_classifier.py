@@ -17,7 +17,7 @@ from ..statistics import image_statistics
 from ..theory import Matrix, derivative_metric
 from ._orders import Orders
 
-Across = Literal["image", "batch"]
+Across = Literal["image", "batch", "stored"]
 
 # The roundings that a mean may be off by: features that vary by less are constant.
 OF_MEAN = 16
@@ -36,7 +36,6 @@ class Classifier(Orders):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "shrinkage", _checks.real("shrinkage", self.shrinkage, 0.0))
-        _checks.choice("across", self.across, Across)
         if self.weights[0] <= 0 or min(self.weights) < 0:
             raise ValueError(
                 "weights must be above 0 for order 0 and at least 0 for the others, so that the derivative metric can "

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .._kernels.moments import Statistics, or_one
+from .._precision import statistics_dtype
 from ..features import Pixels
 from ..statistics import ClassStatistics
-from ._classifier import Classifier
+from ._classifier import Across, Classifier
 
 __all__ = ["Discriminant"]
 
@@ -37,12 +39,15 @@ class Discriminant(Classifier):
         normalize: "l1", "l2", "softmax" (all over channels) or None.
         shrinkage: how far the covariance is moved towards `T`, `>= 0`. With 0 invertible linear maps of the features
             change nothing, but fewer pixels than channels are an error.
-        across: whose statistics an image is judged by: its own ("image") or those of the whole "batch".
-        statistics: a `dlprop.statistics.ClassStatistics` whose sums are added to either; None adds nothing.
+        across: whose statistics an image is judged by: its own ("image"), those of the whole "batch", or the "stored"
+            ones alone, which are right for an image that they contain already.
+        statistics: a `dlprop.statistics.ClassStatistics` whose sums are added to the image's or the batch's; None adds
+            nothing.
 
     Raises:
-        TypeError, ValueError: options of the wrong type or out of range; in use, `Q * step >= D`, statistics of other
-            classes or channels, or a singular covariance (seen on CPUs in eager mode; elsewhere the result is NaN).
+        TypeError, ValueError: options of the wrong type or out of range, and "stored" without statistics; in use,
+            `Q * step >= D`, statistics of other classes or channels, or a singular covariance (seen on CPUs in eager
+            mode; elsewhere the result is NaN).
 
     Cost:
         Time O(N M D (C + D) + N D^3), memory O(N (C D + D^2)) beyond the output, and a copy of the features if they are
@@ -69,13 +74,14 @@ class Discriminant(Classifier):
         super().__post_init__()
         if self.statistics is not None and not isinstance(self.statistics, ClassStatistics):
             raise TypeError(f"statistics must be a ClassStatistics or None, got {type(self.statistics).__name__}")
+        _checks.choice("across", self.across, Across)
+        if self.across == "stored" and self.statistics is None:
+            raise ValueError("across='stored' needs statistics, a ClassStatistics, got None")
 
     def propagate(self, sources: Pixels, targets: Pixels) -> Tensor:
         """Log-probabilities of the targets; see `dlprop.affinity.Affinity`."""
         sources, targets = self.prepared(sources, targets)
-        P = sources.counted(sources.logits.softmax(dim=1))
-        own = self.statistics_of(sources, P, are_shares=sources.counts is None)
-        counts, sums, _ = statistics = self._with_stored(own)
+        counts, sums, _ = statistics = self._statistics(sources)
         n, mean = statistics.total(), statistics.mean()[:, None]
         means = (sums - counts[:, :, None] * mean) / (counts[:, :, None] + 1)
         A = self.over_covariance(statistics, means, targets.feats.dtype)
@@ -84,13 +90,23 @@ class Discriminant(Classifier):
         scores = A.to(targets.feats.dtype) @ targets.feats + bias[:, :, None].to(targets.feats.dtype)
         return targets.upsample(scores).log_softmax(dim=1)
 
-    def _with_stored(self, own: Statistics) -> Statistics:
-        if self.statistics is None:
-            return own
-        stored = self.statistics.statistics
-        if stored.sums.shape != own.sums.shape[1:]:
-            raise ValueError(
-                f"statistics must have the classes and channels of logits and feats, {tuple(own.sums.shape[1:])}, "
-                f"got {tuple(stored.sums.shape)}"
-            )
-        return own.merged(Statistics(*(x.to(own.sums) for x in stored)))
+    def _statistics(self, sources: Pixels) -> Statistics:
+        """Of every image, or of one that stands for all."""
+        stored = None if self.statistics is None else _stored(self.statistics, sources)
+        if stored is not None and self.across == "stored":
+            return Statistics(*(x[None] for x in stored))
+        P = sources.counted(sources.logits.softmax(dim=1))
+        own = self.statistics_of(sources, P, are_shares=sources.counts is None)
+        return own if stored is None else own.merged(stored)
+
+
+def _stored(statistics: ClassStatistics, sources: Pixels) -> Statistics:
+    """The sums, if they fit, where and in the precision that those of the sources would be in."""
+    stored = statistics.statistics
+    wanted = (sources.logits.shape[1], sources.feats.shape[1])
+    if stored.sums.shape != wanted:
+        raise ValueError(
+            f"statistics must have the classes and channels of logits and feats, {wanted}, got "
+            f"{tuple(stored.sums.shape)}"
+        )
+    return Statistics(*(x.to(sources.feats.device, statistics_dtype(sources.feats)) for x in stored))

@@ -1,6 +1,7 @@
 """Ridge propagation: the prediction as far as the features explain it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,10 +58,12 @@ class Ridge(Classifier):
     """
 
     shrinkage: float = 0.03
+    across: Literal["image", "batch"] = "image"
     balance: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _checks.choice("across", self.across, Literal["image", "batch"])
         object.__setattr__(self, "balance", _checks.real("balance", self.balance, 0.0, 1.0))
 
     def propagate(self, sources: Pixels, targets: Pixels) -> Tensor:
