@@ -74,14 +74,14 @@ class Place:
     size: tuple[int, ...]
 
 
-def cache_place(config: Config, items: Sequence[Item], network: FrozenNetwork) -> Place:
-    """The place for the features of `items`.
+def grid_of_features(config: Config, items: Sequence[Item]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The working size of the images, and the size of the grid of their features.
 
     Raises:
         ConfigError: where the images have no common working size, or one that is no multiple of the stride, or one that
             is smaller than `feature_crop`.
     """
-    size, stride = _working_size(config, items), network.stride
+    size, stride = _working_size(config, items), config.output_stride
     if any(edge % stride for edge in size):
         near = " ".join(str(max(1, round(edge / stride)) * stride) for edge in size)
         raise ConfigError(
@@ -93,8 +93,22 @@ def cache_place(config: Config, items: Sequence[Item], network: FrozenNetwork) -
         raise ConfigError(
             f"feature_crop: expected at most the grid of features, {list(grid)}, got {list(config.feature_crop)}"
         )
+    return size, grid
+
+
+def cache_place(config: Config, items: Sequence[Item], network: FrozenNetwork) -> Place:
+    """The place for the features of `items`; errors as `grid_of_features`."""
+    size, grid = grid_of_features(config, items)
     name = config.backbone.removeprefix("timm/")
-    key = [FORMAT, str(Path(config.data).resolve()), name, _content(network.backbone), network.stages, stride, size]
+    key = [
+        FORMAT,
+        str(Path(config.data).resolve()),
+        name,
+        _content(network.backbone),
+        network.stages,
+        network.stride,
+        size,
+    ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     folder = Path(config.cache_dir) if config.cache_dir else Path(config.data) / "cache"
     path = folder / f"{name}_{size[0]}x{size[1]}_{digest}.f16"

@@ -7,6 +7,7 @@ from statistics import median
 
 import numpy as np
 
+from .cache import grid_of_features
 from .config import config_from_arguments
 from .data import Data, check_image, find_places, load_data, read_mask
 from .sources import VOID, Item, find_source
@@ -36,6 +37,8 @@ def inspect_command(arguments: argparse.Namespace) -> None:
     both = {item.image for item in data.labeled} & {item.image for item in data.unlabeled}
     if both:
         print(f"note: {len(both)} labelled images are in the unlabelled list, too")
+    if config.cache_features:
+        grid_of_features(config, [*data.labeled, *data.unlabeled, *data.val])
 
 
 def size_table(data: Data) -> str:

@@ -27,14 +27,14 @@ from .choice import (
     with_propagation,
 )
 from .config import Config, ConfigError
-from .data import check_image, read_image
+from .data import check_image, read_image, read_list
 from .evaluate import OUTPUTS, predict
 from .figures import FRAME, INK, new_figure, write_figure
 from .files import write_bytes
 from .panels import class_colours
 from .pooled import Images, key_of, pool_for, pooled_propagation, tau_of, write_statistics
 from .progress import make_bar
-from .sources import IMAGE_SUFFIXES, DataError
+from .sources import IMAGE_SUFFIXES, DataError, find_source
 
 # A centre crop covers a part of the image only, so it is no way to make a mask.
 MODES = ("original", "sliding_window")
@@ -45,7 +45,10 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `predict`."""
     add_source_arguments(parser, several=False)
     add_network_argument(parser)
-    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="its jpg, jpeg and png files")
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="PATH",
+        help="folder of jpg, jpeg and png files, or a list of the run's data set, such as unlabeled.txt",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="another folder, for the pictures")
     parser.add_argument(
         "--output", choices=OUTPUTS, default="prediction",
@@ -64,11 +67,11 @@ def predict_command(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"alpha: expected 0 to 1, got {arguments.alpha}")
     if arguments.window is not None:
         checked_window(arguments.window)
-    images = list_images(arguments.images)
-    if arguments.out.resolve() == arguments.images.resolve():
-        raise ConfigError(f"out: expected another folder than the images' own, got {arguments.out}")
     device = make_device(arguments.accelerator, arguments.threads)
     (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
+    images = list_images(arguments.images, finished.config)
+    if arguments.out.resolve() in {path.resolve().parent for path in images}:
+        raise ConfigError(f"out: expected another folder than the images' own, got {arguments.out}")
     options = propagation_options(arguments)
     label = make_labels(finished, images, arguments, with_propagation(finished.config, options))
     predict_folder(images, arguments.out, label, finished.class_names, alpha=arguments.alpha)
@@ -109,17 +112,26 @@ def make_labels(
     return label
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The images of a folder, in the order of their names.
+def list_images(place: Path, config: Config | None = None) -> list[Path]:
+    """The images of a folder, in the order of their names; with a `config`, of a list of its data set, too.
 
     Raises:
         DataError: for a folder without images, a file that does not open as one, and two images with one stem.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: expected a folder of images, found none")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if config is not None and place.is_file():
+        root = root_of(place)
+        if root is None:
+            source = find_source(config)
+            items = read_list(place, source.root, source.item)
+        else:
+            items = read_list(place, root)
+        paths = [item.image for item in items]
+    elif not place.is_dir():
+        raise DataError(f"{place}: expected a folder of images{' or a list of them' if config else ''}, found none")
+    else:
+        paths = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise DataError(f"{folder}: expected {', '.join(IMAGE_SUFFIXES)} files, found none")
+        raise DataError(f"{place}: expected {', '.join(IMAGE_SUFFIXES)} files, found none")
     stems: dict[str, Path] = {}
     for path in paths:
         check_image(path)
@@ -127,6 +139,11 @@ def list_images(folder: Path) -> list[Path]:
         if other != path:
             raise DataError(f"{path}: expected one image a name, found {other.name} beside it")
     return paths
+
+
+def root_of(place: Path) -> Path | None:
+    """The folder in VOC layout that a list lies in, if any."""
+    return next((path for path in place.resolve().parents if (path / "JPEGImages").is_dir()), None)
 
 
 def predict_folder(

@@ -20,7 +20,7 @@ from .choice import (
     propagation_options,
     with_propagation,
 )
-from .config import Config, ConfigError, hints, make_config
+from .config import CLASSIFIERS, Config, ConfigError, hints, make_config
 from .data import Data, SegmentationDataset, load_data
 from .evaluate import evaluate
 from .files import versions, write_json
@@ -193,12 +193,22 @@ def table(results: Mapping[str, Any]) -> str:
         *((" " * first + head).rstrip() for head in heads),
         *(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows),
         "",
-        "P: prediction. P~: the same logits propagated. mean: of the probabilities of both. -: a class in neither "
-        "truth nor prediction, not in the mean over classes.",
+        f"P: prediction. P~: the same logits propagated by {' and '.join(_affinities(results))}. mean: of the "
+        "probabilities of both. -: a class in neither truth nor prediction, not in the mean over classes.",
     ]
     if "adjusted" in shown:
         lines.append("P adj.: by the class shares of P over all images, with --tau; P~ and the mean are then of these.")
     return "\n".join(lines) + "\n"
+
+
+def _affinities(results: Mapping[str, Any]) -> list[str]:
+    """What makes P~, in the words of the options; the same for several checkpoints is named once."""
+    used = [checkpoint["propagation"] for checkpoint in results["checkpoints"]]
+    names = (
+        options["affinity"] + (f" across {options['across']}" if options["affinity"] in CLASSIFIERS else "")
+        for options in used
+    )
+    return list(dict.fromkeys(names))
 
 
 def _networks(results: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:

@@ -1,4 +1,7 @@
-"""`split`: a seeded partition of the training images into labelled, unlabelled and, for tuning, held-out ones."""
+"""`split`: a seeded partition of images into labelled, unlabelled and, for validation or tuning, held-out ones.
+
+Images without a mask are unlabelled.
+"""
 
 import argparse
 import hashlib
@@ -8,7 +11,7 @@ from typing import get_args
 from .config import ConfigError, hints, make_config
 from .data import check_mask
 from .files import write_bytes
-from .sources import VOID, DataError, Item, Source, find_source, read_lines
+from .sources import IMAGE_SUFFIXES, VOID, DataError, Item, Source, find_source, read_lines
 
 LISTS = ("labeled.txt", "unlabeled.txt", "val.txt")
 Lines = dict[Path, tuple[Item, str]]  # image -> its item and the text of its line
@@ -29,7 +32,10 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val", type=int, default=0, metavar="K", help="images to hold out in val.txt; 0: no val.txt")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another partition (default: %(default)s)")
     parser.add_argument(
-        "--list", default="", help="list to draw from (default: train.txt; train_aug.txt with --sbd; Cityscapes' train)"
+        "--list",
+        default="",
+        help="list to draw from (default: train.txt, without it all of JPEGImages; train_aug.txt with --sbd; "
+        "Cityscapes' train)",
     )
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="a name: under ImageSets/Segmentation, as --partition; or a path"
@@ -50,7 +56,14 @@ def split_command(arguments: argparse.Namespace) -> None:
     else:
         named = (source.lists / arguments.list, Path(arguments.list))
         pool = next((path for path in named if path.is_file()), named[0]) if arguments.list else source.train
-        lists = draw(pool, source, labeled=arguments.labeled, val=arguments.val, seed=arguments.seed)
+        images = source.root / "JPEGImages"
+        if arguments.dataset == "folder" and not arguments.list and not pool.exists() and images.is_dir():
+            pool, lines = images, _listed(images, source)
+        elif pool.exists():
+            lines = _read(pool, source)
+        else:
+            raise DataError(f"{pool}: expected a list of images, found no such file; name another list with --list")
+        lists = draw(pool, lines, labeled=arguments.labeled, val=arguments.val, seed=arguments.seed)
     for name in ("labeled.txt", "val.txt"):
         for item, _ in lists.get(name, {}).values():
             check_mask(item, len(source.class_names) or VOID, source.missing_mask)
@@ -65,24 +78,20 @@ def split_command(arguments: argparse.Namespace) -> None:
     print(f"sha256 {checksum(out)}")
 
 
-def draw(pool: Path, source: Source, *, labeled: int, val: int, seed: int) -> dict[str, Lines]:
-    """Random labelled and held-out images of a list; the rest is unlabelled."""
-    if not pool.exists():
-        raise DataError(f"{pool}: expected a list of images, found no such file; name another list with --list")
-    order = _ordered(_read(pool, source), seed)
-    _check_count(pool, labeled + val, len(order))
-    lists = {"labeled.txt": order[:labeled], "unlabeled.txt": order[labeled + val :]}
-    if val:
-        lists["val.txt"] = order[labeled : labeled + val]
-    return {name: dict(lines) for name, lines in lists.items()}
+def draw(pool: Path, lines: Lines, *, labeled: int, val: int, seed: int) -> dict[str, Lines]:
+    """Random labelled and held-out images, of those of `pool` that have a mask; the rest is unlabelled."""
+    drawn = _draw(pool, lines, labeled + val, seed)
+    chosen = dict(drawn)
+    rest = {image: line for image, line in lines.items() if image not in chosen}
+    lists = {"labeled.txt": dict(drawn[:labeled]), "unlabeled.txt": rest}
+    return lists | ({"val.txt": dict(drawn[labeled:])} if val else {})
 
 
 def hold_out(folder: Path, source: Source, *, val: int, seed: int) -> dict[str, Lines]:
     """A partition with some of its unlabelled images held out; those that are labelled, too, are not among them."""
     labeled, unlabeled = (_read(folder / name, source) for name in ("labeled.txt", "unlabeled.txt"))
-    order = _ordered({image: line for image, line in unlabeled.items() if image not in labeled}, seed)
-    _check_count(folder / "unlabeled.txt", val, len(order))
-    held = dict(order[:val])
+    others = {image: line for image, line in unlabeled.items() if image not in labeled}
+    held = dict(_draw(folder / "unlabeled.txt", others, val, seed))
     rest = {image: line for image, line in unlabeled.items() if image not in held}
     return {"labeled.txt": labeled, "unlabeled.txt": rest, "val.txt": held}
 
@@ -103,6 +112,12 @@ def _read(place: Path, source: Source) -> Lines:
     return {item.image: (item, line) for item, line in lines}
 
 
+def _listed(folder: Path, source: Source) -> Lines:
+    """All images of a folder."""
+    names = sorted(path.stem for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES)
+    return {item.image: (item, item.name) for item in (source.item(source.root, [name]) for name in names)}
+
+
 def _ordered(lines: Lines, seed: int) -> list[tuple[Path, tuple[Item, str]]]:
     """The lines in a random order: by the hash of seed and id.
 
@@ -118,9 +133,14 @@ def _ordered(lines: Lines, seed: int) -> list[tuple[Path, tuple[Item, str]]]:
     return sorted(lines.items(), key=key)
 
 
-def _check_count(place: Path, wanted: int, found: int) -> None:
-    if found < wanted:
-        raise DataError(f"{place}: expected at least {wanted} images to draw from, found {found}")
+def _draw(place: Path, lines: Lines, count: int, seed: int) -> list[tuple[Path, tuple[Item, str]]]:
+    """The first images with masks in the order of the seed."""
+    masked = {image: line for image, line in lines.items() if line[0].mask.is_file()}
+    if len(masked) < count:
+        raise DataError(
+            f"{place}: expected at least {count} images with masks to draw from, found {len(masked)} among {len(lines)}"
+        )
+    return _ordered(masked, seed)[:count]
 
 
 def _check_unused(out: Path, texts: dict[str, str]) -> None:

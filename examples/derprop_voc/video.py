@@ -28,7 +28,7 @@ from .evaluate import make_metric, summarise
 from .files import write_json
 from .image_features import add_features_arguments, make_describe, mask_of
 from .panels import class_colours
-from .predict_folder import draw_legend, list_images, overlay, palette_image, write_png
+from .predict_folder import draw_legend, list_images, overlay, palette_image, root_of, write_png
 from .progress import make_bar
 from .sources import DataError, Item
 
@@ -319,8 +319,7 @@ def find_frames(place: Path, masks: Path | None) -> list[Item]:
     else:
         if not place.is_file():
             raise ConfigError(f"frames: expected a folder of images, or a list of them, found no {place}")
-        root = next((path for path in place.resolve().parents if (path / "JPEGImages").is_dir()), place.parent)
-        items = read_list(place, root)
+        items = read_list(place, root_of(place) or place.parent)
         if masks is not None:
             items = [Item(item.name, item.image, mask_of(masks, item.name)) for item in items]
     size = check_image(items[0].image)

@@ -606,8 +606,14 @@ def test_split_of_cityscapes_writes_lines_as_they_are_published(tmp_path, capsys
         (("--labeled", 0), r"labeled: expected at least 1, got 0"),
         (("--labeled", 1, "--val", -1), r"val: expected at least 0, got -1"),
         (("--from", "half"), r"val: expected at least 1, got 0"),
-        (("--labeled", 5, "--val", 2), r"\S+train\.txt: expected at least 7 images to draw from, found 6"),
-        (("--from", "half", "--val", 4), r"\S+half/unlabeled\.txt: expected at least 4 images to draw from, found 3"),
+        (
+            ("--labeled", 5, "--val", 2),
+            r"\S+train\.txt: expected at least 7 images with masks to draw from, found 6 among 6",
+        ),
+        (
+            ("--from", "half", "--val", 4),
+            r"\S+half/unlabeled\.txt: expected at least 4 images with masks to draw from, found 3 among 3",
+        ),
         (
             ("--labeled", 1, "--list", "none.txt"),
             r"\S+Segmentation/none\.txt: expected .* found no such file; .*--list$",
@@ -623,17 +629,38 @@ def test_split_errors(folder, capsys, arguments, message):
     assert not (folder / "ImageSets" / "Segmentation" / "new").exists()
 
 
+def test_images_without_a_mask_are_unlabelled(folder, capsys):
+    """A few of one's own images are labelled: they are drawn from, whatever the order of the hashes says."""
+    for name in drawing_order("abcdef", 0)[:3]:
+        (folder / "SegmentationClass" / f"{name}.png").unlink()
+    masked = drawing_order("abcdef", 0)[3:]
+    split(capsys, "--data", folder, "--labeled", 1, "--val", 1, "--out", "new")
+    lists = folder / "ImageSets" / "Segmentation"
+    assert read_split(lists / "new") == (masked[:1], sorted({*"abcdef"} - {*masked[:2]}), masked[1:2])
+    split(capsys, "--data", folder, "--from", "new", "--val", 1, "--out", "held")
+    assert read_split(lists / "held")[2] == masked[2:]
+    (folder / "SegmentationClass" / f"{masked[2]}.png").unlink()
+    code, _, stderr = command(capsys, "split", "--data", folder, "--labeled", 2, "--val", 1, "--out", "other")
+    assert (code, "expected at least 3 images with masks to draw from, found 2 among 6" in stderr) == (2, True)
+
+
+def test_a_folder_without_a_list_is_drawn_from_as_a_whole(folder, capsys):
+    (folder / "ImageSets" / "Segmentation" / "train.txt").unlink()
+    there = sorted(path.stem for path in (folder / "JPEGImages").iterdir())
+    split(capsys, "--data", folder, "--labeled", 2, "--val", 1, "--out", "new")
+    lists = read_split(folder / "ImageSets" / "Segmentation" / "new")
+    assert sorted(name for names in lists for name in names) == there
+    assert {*"abcdef"} < {*there}
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_split_checks_the_masks_of_labelled_and_held_out_images(folder, capsys, place):
     name = drawing_order("abcdef", 0)[place]
-    (folder / "SegmentationClass" / f"{name}.png").unlink()
+    mask(folder / "SegmentationClass" / f"{name}.png", 4)
     arguments = ("--data", folder, "--labeled", 1, "--val", 1, "--out", folder / "lists" / "new")
     code, _, stderr = command(capsys, "split", *arguments)
-    assert (code, f"{name}.png: expected the mask of {name}.jpg, found no such" in stderr) == (2, True)
-    assert not (folder / "lists").exists()
-    mask(folder / "SegmentationClass" / f"{name}.png", 4)
-    code, _, stderr = command(capsys, "split", *arguments)
     assert (code, f"{name}.png: expected labels 0 to 3" in stderr) == (2, True)
+    assert not (folder / "lists").exists()
 
 
 def test_split_refuses_to_replace_another_one(folder, capsys):
@@ -694,6 +721,15 @@ def test_inspect_without_an_unlabelled_list(folder, capsys):
     code, stdout, _ = command(capsys, *arguments)
     assert code == 0
     assert "unlabeled        0                       -                       -\n" in stdout
+
+
+def test_inspect_refuses_sizes_that_a_training_would_refuse(folder, capsys):
+    config = Path(__file__).parents[2] / "examples" / "derprop_voc" / "configs" / "frozen.yaml"
+    arguments = ("inspect", "--config", config, "--data", folder, "--partition", "half")
+    code, stdout, stderr = command(capsys, *arguments)
+    assert (code, "image_size: expected multiples of output_stride = 8" in stderr) == (2, True)
+    assert "labeled " in stdout
+    assert command(capsys, *arguments, "--image-size", 16, 16)[0] == 0
 
 
 def test_inspect_shows_train_ids_of_cityscapes(tmp_path, capsys):

@@ -37,6 +37,7 @@ from examples.derprop_voc.pooled import (
     tau_of,
     write_statistics,
 )
+from examples.derprop_voc.predict_folder import list_images
 from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
 from examples.derprop_voc.state import make_state
 from examples.derprop_voc.sweep import make_settings
@@ -274,6 +275,7 @@ def test_evaluate_and_predict_agree_through_a_confusion_matrix(finished, scenes,
     options = ["--mode", mode, "--window", "24"]
     assert main(["evaluate", "--run", str(finished), "--data", str(scenes), "--out", str(out), *options]) == 0
     text, results = capsys.readouterr().out, json.loads(out.read_text())
+    assert "P~: the same logits propagated by softmax. " in text
     assert (results["mode"], results["images"], results["classes"]) == (mode, 3, list(CLASS_NAMES))
     assert results["window"] == (None if mode == "original" else 24)
     assert results["data"]["data"] == str(scenes)
@@ -326,6 +328,25 @@ def test_evaluate_repeats_a_run_and_defaults_to_its_mode(scenes, tmp_path):
     assert original["checkpoints"][0]["networks"] != results["last"]
 
 
+def test_a_list_names_images_as_a_folder_does(finished, scenes, tmp_path):
+    """Of the data set that it lies in, else of the run's."""
+    images, truth = validation(scenes, tmp_path)
+    place = scenes / "ImageSets" / "Segmentation" / "val.txt"
+    elsewhere = tmp_path / "lists" / "val.txt"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(place.read_text())
+    assert list_images(place, make_config({"data": "moved/away"})) == [
+        scenes / "JPEGImages" / f"{name}.png" for name in truth
+    ]
+    assert list_images(elsewhere, make_config({"data": str(scenes)})) == list_images(place, make_config({}))
+    written = []
+    for each in (images, place):
+        out = tmp_path / f"of_{each.name}"
+        assert main(["predict", "--run", str(finished), "--images", str(each), "--out", str(out)]) == 0
+        written.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert written[0] == written[1]
+
+
 @pytest.mark.slow
 def test_masks_are_palette_pngs_and_overlays_blend(finished, scenes, tmp_path):
     images, truth = validation(scenes, tmp_path)
@@ -356,7 +377,7 @@ def test_masks_are_palette_pngs_and_overlays_blend(finished, scenes, tmp_path):
         (["--run", "RUN", "--threads", "-1"], "threads: expected at least 0, got -1"),
         (["--run", "IMAGES"], "expected a run folder with latest.pt, found none"),
         (["--checkpoint", "IMAGES/val_0000.png"], "val_0000.png: damaged, or not a file of torch.save"),
-        (["--run", "RUN", "--images", "OUT"], "expected a folder of images, found none"),
+        (["--run", "RUN", "--images", "OUT"], "expected a folder of images or a list of them, found none"),
         (["--run", "RUN", "--images", "RUN"], "expected .jpg, .png, .jpeg files, found none"),
     ],
 )
@@ -563,7 +584,9 @@ def test_statistics_of_a_folder_are_kept_read_and_used_alike(finished, scenes, t
     where = ["--run", str(finished), "--data", str(scenes), "--out", str(out)]
     options = [*DISCRIMINANT, "--tau", "0.5"]
     assert main(["evaluate", *where, *options, "--write-statistics", str(kept)]) == 0
-    assert "P adj." in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "P adj." in text
+    assert "propagated by discriminant across data. " in text
     made = json.loads(out.read_text())["checkpoints"]
     assert made[0]["propagation"] | {"affinity": "discriminant", "across": "data", "tau": 0.5} == made[0]["propagation"]
     assert main(["evaluate", *where, *options, "--read-statistics", str(kept)]) == 0
