@@ -67,7 +67,13 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, several: bool) -> N
     """Flags that choose checkpoints: a run folder or files."""
     source = parser.add_mutually_exclusive_group(required=True)
     taken = "latest.pt and, if there is one, best.pt" if several else "latest.pt"
-    source.add_argument("--run", type=Path, metavar="FOLDER", help=f"run folder; takes its {taken}")
+    source.add_argument(
+        "--run",
+        type=Path,
+        metavar="FOLDER",
+        nargs="+" if several else None,
+        help=f"run folder{'s' if several else ''}; takes {taken}",
+    )
     source.add_argument(
         "--checkpoint",
         type=Path,
@@ -148,10 +154,12 @@ def checkpoint_files(arguments: argparse.Namespace, *, best: bool) -> list[Path]
     """The files that the flags of `add_source_arguments` name; of a run folder, `best` adds best.pt."""
     if arguments.run is None:
         return list(arguments.checkpoint)
-    run: Path = arguments.run
-    if not (run / "latest.pt").is_file():
-        raise CheckpointError(f"{run}: expected a run folder with latest.pt, found none")
-    return [run / "latest.pt", *([run / "best.pt"] if best and (run / "best.pt").is_file() else [])]
+    runs: list[Path] = arguments.run if isinstance(arguments.run, list) else [arguments.run]
+    for run in runs:
+        if not (run / "latest.pt").is_file():
+            raise CheckpointError(f"{run}: expected a run folder with latest.pt, found none")
+    files = [run / name for run in runs for name in (("latest.pt", "best.pt") if best else ("latest.pt",))]
+    return [file for file in files if file.is_file()]
 
 
 def load_finished(paths: Sequence[Path], device: torch.device) -> list[Finished]:

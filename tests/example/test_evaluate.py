@@ -1,5 +1,6 @@
 """The training example's evaluation: window modes, scores over a data set, and the commands that score and predict."""
 
+import argparse
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +19,7 @@ from dlprop.affinity import Discriminant, Ridge, Softmax
 from dlprop.statistics import ClassStatistics
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.augment import to_input
-from examples.derprop_voc.choice import load_finished, with_propagation
+from examples.derprop_voc.choice import add_source_arguments, checkpoint_files, load_finished, with_propagation
 from examples.derprop_voc.config import ConfigError, make_config
 from examples.derprop_voc.data import Data, read_image
 from examples.derprop_voc.evaluate import _middle, _windows, evaluate, predict, probabilities
@@ -326,6 +327,19 @@ def test_evaluate_repeats_a_run_and_defaults_to_its_mode(scenes, tmp_path):
     original = json.loads((out / "evaluation_original.json").read_text())
     assert [entry["name"] for entry in original["checkpoints"]] == ["best"]
     assert original["checkpoints"][0]["networks"] != results["last"]
+
+
+def test_run_folders_stand_for_their_checkpoints(finished, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "latest.pt").touch()
+    parser = argparse.ArgumentParser()
+    add_source_arguments(parser, several=True)
+    chosen = parser.parse_args(["--run", str(finished), str(other)])
+    assert checkpoint_files(chosen, best=True) == [finished / "latest.pt", finished / "best.pt", other / "latest.pt"]
+    (other / "latest.pt").unlink()
+    with pytest.raises(CheckpointError, match=f"{other}: expected a run folder with latest.pt"):
+        checkpoint_files(chosen, best=True)
 
 
 def test_a_list_names_images_as_a_folder_does(finished, scenes, tmp_path):
