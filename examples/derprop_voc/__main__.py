@@ -1,11 +1,12 @@
 """Command line: `python -m examples.derprop_voc <command>`; `--help` on a command lists its options.
 
 Exit codes: 0 done, 1 unforeseen error (with its traceback), 2 bad options, data or checkpoint, or a folder that cannot
-be written (one line says which), 3 the loss diverged, 130 interrupted.
+be written (one line says which), 3 the loss diverged, 130 interrupted, 141 the reader of the output is gone.
 """
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -30,7 +31,7 @@ from .sweep import add_sweep_arguments, sweep
 from .train import DivergedError, run
 from .video import add_video_arguments, video
 
-DONE, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 2, 3, 130
+DONE, BAD_INPUT, DIVERGED, INTERRUPTED, PIPE_CLOSED = 0, 2, 3, 130, 141
 UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
 
 
@@ -88,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.run_command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` for one, has seen enough; nothing is left to be flushed at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -65,6 +65,11 @@ def load_data(config: Config) -> Data:
     """
     source = find_source(config)
     places = find_places(config, source)
+    if not places.val.exists():
+        raise DataError(
+            f"{places.val}: expected a list of validation images, found none, nor a val.txt in {places.labeled.parent}"
+            "; hold labelled images out (command split, --val)"
+        )
     labeled, val = (read_list(place, source.root, source.item) for place in (places.labeled, places.val))
     unlabeled = [] if config.variant == "supervised" else read_list(places.unlabeled, source.root, source.item)
     validated = {item.image for item in val}

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from examples.derprop_voc.__main__ import main
+from examples.derprop_voc.__main__ import PIPE_CLOSED, main
 from examples.derprop_voc.config import ConfigError, make_config
 from examples.derprop_voc.data import DataError, SegmentationDataset, load_data, read_image, read_list, read_mask
 from examples.derprop_voc.sources import VOC_CLASSES, find_source
@@ -721,6 +723,21 @@ def test_inspect_without_an_unlabelled_list(folder, capsys):
     code, stdout, _ = command(capsys, *arguments)
     assert code == 0
     assert "unlabeled        0                       -                       -\n" in stdout
+
+
+def test_a_partition_without_validation_images_says_how_to_get_some(folder, capsys):
+    (folder / "ImageSets" / "Segmentation" / "val.txt").unlink()
+    code, _, stderr = command(capsys, "inspect", "--data", folder, "--partition", "half")
+    assert (code, "found none, nor a val.txt in" in stderr, "split, --val" in stderr) == (2, True, True)
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(folder):
+    arguments = (sys.executable, "-m", "examples.derprop_voc", "inspect", "--data", folder, "--partition", "half")
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*map(str, arguments)], stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (PIPE_CLOSED, "")
 
 
 def test_inspect_refuses_sizes_that_a_training_would_refuse(folder, capsys):
