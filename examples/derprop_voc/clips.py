@@ -7,7 +7,6 @@ no repetitions but over the networks.
 
 import argparse
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -264,12 +263,8 @@ def choose(clip: Clip) -> dict[str, dict[str, Any]]:
 
 
 def measure(clip: Clip, method: Method) -> dict[str, Any]:
-    """Scores of a whole clip from its first frame, and seconds a frame, without those that features take."""
-    start = time.perf_counter()
-    predicted = dict(method(clip))
-    seconds = (time.perf_counter() - start) / len(predicted)
-    scores = score_clip(predicted, [frame.item for frame in clip.frames], clip.finished.class_names)
-    return scores | {"seconds": round(seconds, 3)}
+    """Scores of a whole clip from its first frame."""
+    return score_clip(dict(method(clip)), [frame.item for frame in clip.frames], clip.finished.class_names)
 
 
 def add_clips_arguments(parser: argparse.ArgumentParser) -> None:
@@ -310,17 +305,16 @@ def make_table(result: dict[str, Any]) -> str:
     """The mIoU over the clip and at single frames, each network's, and paired gains with their standard errors."""
     first, *others = result["figures"].values()
     head = [f"at frame {number}" for number in FRAMES]
-    lines = [f"| mIoU | all frames | {' | '.join(head)} | seconds a frame |", "|---" * (len(FRAMES) + 3) + "|"]
+    lines = [f"| mIoU | all frames | {' | '.join(head)} |", "|---" * (len(FRAMES) + 2) + "|"]
     for name in first:
         entries = [first[name], *(figures[name] for figures in others if name in figures)]
         values = [100 * entry["miou"] for entry in entries]
         spread = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
         frames = [[100 * entry["frames"].get(str(number), np.nan) for number in FRAMES] for entry in entries]
         times = [f"{value:.1f}" for value in np.mean(frames, 0)]
-        seconds = np.mean([entry["seconds"] for entry in entries])
-        lines.append(f"| {name} | {np.mean(values):.1f}{spread} | {' | '.join(times)} | {seconds:.2f} |")
+        lines.append(f"| {name} | {np.mean(values):.1f}{spread} | {' | '.join(times)} |")
     for method, control in GAINS:
         gains = [100 * (of_run[method]["miou"] - of_run[control]["miou"]) for of_run in result["figures"].values()]
         error = f" ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
-        lines.append(f"| *{method}* over *{control}* | {np.mean(gains):+.1f}{error} |" + " |" * (len(FRAMES) + 1))
+        lines.append(f"| *{method}* over *{control}* | {np.mean(gains):+.1f}{error} |" + " |" * len(FRAMES))
     return "\n".join(lines) + "\n"
