@@ -61,7 +61,7 @@ def only_labelled(logits: Tensor, clicks: Clicks) -> Tensor:
     return logits.masked_fill(absent[:, None, None], -1e4)  # finite, as it will be interpolated
 
 
-def classify(feats: Tensor, labels: Tensor, num_classes: int, shrinkage: float = 10.0) -> Tensor:
+def classify(feats: Tensor, labels: Tensor, num_classes: int, shrinkage: float = 1.0) -> Tensor:
     """Logits (1, C, h, w) of features (1, D, h, w) by a discriminant of the labelled pixels of (H, W) alone.
 
     The shrinkage was chosen on CamVid's training images, see `clicks`. Cost: as `Discriminant`.
