@@ -8,6 +8,7 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,18 +146,33 @@ def ridge(sample: Sample, num_classes: int, *, shrinkage: float, balance: float)
     return out.unflatten(2, feats.shape[-2:])
 
 
-def tuned_classifier(sample: Sample, *, steps: int, lr: float) -> Tensor:
-    """The network with its last layer trained on the labelled pixels, by gradient descent from where it was."""
-    weight, bias = (x.detach().clone().requires_grad_() for x in sample.classifier[-1].parameters())
-    weight = weight.detach()[:, :, 0, 0].requires_grad_()
-    V, truth = sample.clicks.sample(sample.decoder)[0].T, sample.clicks.classes
-    optimizer = torch.optim.SGD((weight, bias), lr=lr)
+def trained_layer(
+    classifier: nn.Sequential, V: Tensor, truth: Tensor, *, steps: int, lr: float
+) -> Callable[[Tensor], Tensor]:
+    """A network's last layer after gradient descent from where it was: features (1, D, h, w) -> logits (1, C, h, w).
+
+    Args:
+        classifier: the layer, a 1 x 1 convolution behind a dropout, which is left out.
+        V: (n, D) features.
+        truth: (n,) classes, or (n, C) their shares.
+        steps: of gradient descent, over all of these at once.
+        lr: its learning rate.
+    """
+    weight, bias = (x.detach().clone() for x in classifier[-1].parameters())
+    weight = weight[:, :, 0, 0]
+    optimizer = torch.optim.SGD((weight.requires_grad_(), bias.requires_grad_()), lr=lr)
     with torch.enable_grad():
         for _ in range(steps):
             optimizer.zero_grad()
             F.cross_entropy(F.linear(V, weight, bias), truth).backward()
             optimizer.step()
-    return F.conv2d(sample.decoder, weight.detach()[:, :, None, None], bias.detach())
+    return partial(F.conv2d, weight=weight.detach()[:, :, None, None], bias=bias.detach())
+
+
+def tuned_classifier(sample: Sample, *, steps: int, lr: float) -> Tensor:
+    """The network with its last layer trained on the labelled pixels."""
+    V, clicks = sample.clicks.sample(sample.decoder)[0].T, sample.clicks
+    return trained_layer(sample.classifier, V, clicks.classes, steps=steps, lr=lr)(sample.decoder)
 
 
 def product(sample: Sample, *, sharpness: float, position: float, power: float) -> Tensor:

@@ -22,6 +22,7 @@ from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Discriminant
 
 from .choice import Finished
+from .clicks import trained_layer
 from .complete import CERTAIN
 from .config import ConfigError
 from .data import VOID, Item, check_mask, find_places, load_data, read_list, read_mask
@@ -150,18 +151,11 @@ def classified(
 
 
 def tuned(clip: Clip, *, steps: int, lr: float) -> Iterator[tuple[int, Tensor]]:
-    """The network with its last layer trained on the first frame, by gradient descent from where it was."""
-    weight, bias = (x.detach().clone() for x in clip.classifier[-1].parameters())
-    weight = weight[:, :, 0, 0]
+    """The network with its last layer trained on the first frame."""
     _, shares, known = first_labels(clip)
     V, truth = (x[0, :, known[0]].T for x in (clip.frames[0].decoder, shares))
-    optimizer = torch.optim.SGD((weight.requires_grad_(), bias.requires_grad_()), lr=lr)
-    with torch.enable_grad():
-        for _ in range(steps):
-            optimizer.zero_grad()
-            F.cross_entropy(F.linear(V, weight, bias), truth).backward()
-            optimizer.step()
-    return resized(clip, lambda frame: F.conv2d(frame.decoder, weight.detach()[:, :, None, None], bias.detach()))
+    layer = trained_layer(clip.classifier, V, truth, steps=steps, lr=lr)
+    return resized(clip, lambda frame: layer(frame.decoder))
 
 
 def first_labels(clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
