@@ -29,7 +29,7 @@ from .data import VOID, Item, check_mask, find_places, load_data, read_list, rea
 from .evaluate import make_metric
 from .files import write_bytes, write_json
 from .image_features import standardised
-from .measuring import add_measuring_arguments, begin, images_of
+from .measuring import add_measuring_arguments, begin, images_of, run_name
 from .progress import make_bar
 from .sources import find_source
 from .video import FRAMES, Carrying, Described, Memory, carry, score_clip
@@ -280,7 +280,7 @@ def clips(arguments: argparse.Namespace) -> None:
         result |= {"chosen": choose(make_clip(runs[0], arguments.choose_on)), "figures": {}}
         write_json(path, result)
     for run in runs:
-        rows, name = methods(result["chosen"], arguments.second), run.path.resolve().parent.name
+        rows, name = methods(result["chosen"], arguments.second), run_name(run)
         figures = result["figures"].setdefault(name, {})
         if run is not runs[0]:
             rows = {row: method for row, method in rows.items() if row.startswith(WITH_NETWORK)}

@@ -113,7 +113,12 @@ def _read(place: Path, source: Source) -> Lines:
 
 
 def _listed(folder: Path, source: Source) -> Lines:
-    """All images of a folder."""
+    """All images of a folder; one that a list could not name is an error, as it would be left out."""
+    for path in folder.iterdir():
+        if path.suffix not in IMAGE_SUFFIXES and path.suffix.lower() in IMAGE_SUFFIXES:
+            raise DataError(
+                f"{path}: expected {', '.join(IMAGE_SUFFIXES)} in lower case, found {path.suffix}; rename it"
+            )
     names = sorted(path.stem for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES)
     return {item.image: (item, item.name) for item in (source.item(source.root, [name]) for name in names)}
 

@@ -653,6 +653,9 @@ def test_a_folder_without_a_list_is_drawn_from_as_a_whole(folder, capsys):
     lists = read_split(folder / "ImageSets" / "Segmentation" / "new")
     assert sorted(name for names in lists for name in names) == there
     assert {*"abcdef"} < {*there}
+    (folder / "JPEGImages" / "a.jpg").rename(folder / "JPEGImages" / "a.JPG")
+    code, _, stderr = command(capsys, "split", "--data", folder, "--labeled", 2, "--out", "other")
+    assert (code, "a.JPG: expected .jpg, .png, .jpeg in lower case" in stderr) == (2, True)
 
 
 @pytest.mark.parametrize("place", [0, 1])
