@@ -277,4 +277,5 @@ def test_the_readme_shows_the_tables_of_the_results():
         rows = json.loads((folder / "table.json").read_text())["rows"]
         assert table.rstrip("\n") == markdown(rows)
         assert table in readme, f"README.md lacks {folder.name}/table.md as it is"
-        assert f"results/{folder.name}/curves.png" in readme
+        for picture in folder.glob("*.png"):
+            assert f"results/{folder.name}/{picture.name}" in readme
