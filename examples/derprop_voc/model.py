@@ -20,6 +20,7 @@ from .config import Config, ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION = ("resnet50", "resnet101")
+UNTRAINED = ("none", "random")  # --weights; a frozen backbone takes random alone, to be sure that it is meant
 
 
 class Output(NamedTuple):
@@ -82,7 +83,7 @@ def _torchvision_backbone(name: str, weights: str, output_stride: int) -> Backbo
     members = models.get_model_weights(name).__members__
     if weights in members:
         model.load_state_dict(models.get_model_weights(name)[weights].get_state_dict(progress=True, check_hash=True))
-    elif weights != "none":
+    elif weights not in UNTRAINED:
         if not Path(weights).is_file():
             raise ConfigError(f"weights: expected none, {', '.join(members)} or a file, got {weights!r}")
         read_weights(Path(weights), model, needed=[key for key in model.state_dict() if not key.startswith("fc.")])
@@ -109,11 +110,11 @@ def stage_strides(name: str) -> list[int]:
 
 
 def timm_body(name: str, weights: str, stages: Sequence[int], output_stride: int | None) -> nn.Module:
-    """A timm model that maps images to a list of stages, with the weights of a file, timm's own ("timm") or "none".
+    """A timm model that maps images to a list of stages, with the weights of a file, timm's own ("timm") or none.
 
     Args:
         name: of a timm model.
-        weights: see above.
+        weights: a file, timm, or one of UNTRAINED.
         stages: indices of its stages.
         output_stride: the highest stride of a stage, by dilation; None: the model's own.
 
@@ -147,7 +148,7 @@ def timm_body(name: str, weights: str, stages: Sequence[int], output_stride: int
         raise ConfigError(
             f"weights: timm could not download those of {name} ({type(error).__name__}); give a file instead"
         ) from error
-    if weights not in ("none", "timm"):
+    if weights not in (*UNTRAINED, "timm"):
         if not Path(weights).is_file():
             raise ConfigError(f"weights: expected none, timm or a file, got {weights!r}")
         classifier = timm.create_model(name)

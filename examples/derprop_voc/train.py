@@ -25,7 +25,7 @@ from .files import versions, write_checkpoint, write_json, write_yaml
 from .frozen import FrozenNetwork
 from .log import Log, draw_curves
 from .losses import Objective
-from .model import Output
+from .model import UNTRAINED, Output
 from .panels import draw_panel, prediction_rows
 from .progress import make_bar
 from .quality import PseudoLabelQuality
@@ -147,9 +147,9 @@ def _run(fabric: Fabric, config: Config, data: Data, *, resume: bool, progress: 
             f"global batch {each}; {world_size()} process(es) on {fabric.device.type}\n{method(config)}",
             flush=True,
         )
-        if config.weights == "none" and not checkpoint:
+        if config.weights in UNTRAINED and not checkpoint:
             kept = "and stays so: only the head is trained" if config.freeze_backbone else "and is trained from scratch"
-            print(f"note: weights: none, so the backbone starts from random numbers, {kept}", flush=True)
+            print(f"note: weights: {config.weights}, so the backbone starts from random numbers, {kept}", flush=True)
 
     features = None
     if isinstance(state.network, FrozenNetwork):

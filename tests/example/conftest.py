@@ -3,6 +3,8 @@
 import pytest
 from matplotlib.figure import Figure
 
+from tests.example.data_sets import make_voc, mask, picture, write_list
+
 SAVE_FIGURE = Figure.savefig
 
 
@@ -18,3 +20,23 @@ def _no_pictures():
 def pictures(monkeypatch):
     """Render pictures as a run does."""
     monkeypatch.setattr(Figure, "savefig", SAVE_FIGURE)
+
+
+@pytest.fixture
+def voc(tmp_path):
+    return make_voc(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three labelled, three unlabelled and two validation images in VOC layout."""
+    for seed, name in enumerate(("a", "b", "c", "d", "e", "f", "y", "z")):
+        picture(tmp_path / "JPEGImages" / f"{name}.jpg", seed)
+        mask(tmp_path / "SegmentationClass" / f"{name}.png", [0, 1, 2, 0, 1, 0, 0, 255])
+    write_list(tmp_path / "classes.txt", "sky", "road", "tree", "car")
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    write_list(lists / "train.txt", "a", "b", "c", "d", "e", "f")
+    write_list(lists / "val.txt", "y", "z")
+    write_list(lists / "half" / "labeled.txt", "a", "b", "c")
+    write_list(lists / "half" / "unlabeled.txt", "d", "e", "f")
+    return tmp_path

@@ -22,6 +22,7 @@ FROZEN = TINY | {
     "backbone": "timm/test_efficientnet",
     "timm_stages": [],
     "freeze_backbone": True,
+    "weights": "random",
     "threads": 1,
     "steps": 1,
 }

@@ -196,7 +196,7 @@ def test_what_a_folder_may_lack(folders, trained, capsys):
         assert message in capsys.readouterr().err
         assert not out.exists()
 
-    refused(message="weights: expected a file of the backbone's")
+    refused(message="weights: expected a file or timm for a frozen backbone")
     refused("--run", str(trained), "--steps", "0", message="steps: expected")
     Image.fromarray(np.full((40, 48), VOID, np.uint8)).save(first)
     refused("--run", str(trained), message=f"{first}: expected at least one labelled pixel")

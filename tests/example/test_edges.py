@@ -23,6 +23,7 @@ FROZEN = TINY | {
     "backbone": "timm/test_efficientnet",
     "timm_stages": [],
     "freeze_backbone": True,
+    "weights": "random",
     "cache_features": True,
     "feature_crop": [4, 5],
     "threads": 1,

@@ -29,6 +29,7 @@ FROZEN = TINY | {
     "backbone": "timm/test_efficientnet",
     "timm_stages": [],
     "freeze_backbone": True,
+    "weights": "random",
     "cache_features": True,
     "feature_crop": [4, 5],
     "threshold": 0.2,
@@ -166,6 +167,10 @@ def test_stages_and_strides_that_a_backbone_lacks_are_named():
         make_network(make_config(FROZEN | {"backbone": "timm/vit_tiny_patch16_224"}), 3)
     with pytest.raises(ConfigError, match="backbone: expected timm/<one of"):
         make_network(make_config(FROZEN | {"backbone": "timm/nothing"}), 3)
+    unsaid = make_config(FROZEN | {"weights": "none"})
+    with pytest.raises(ConfigError, match=r"weights: expected a file or timm for a frozen backbone: .* \(random, if"):
+        make_network(unsaid, 3)
+    make_network(unsaid, 3, initialise=False)  # its weights come from a checkpoint
 
 
 @pytest.mark.parametrize(
@@ -525,10 +530,11 @@ def test_a_run_says_what_makes_its_pseudo_labels(options, line):
 
 
 def test_a_run_says_that_its_backbone_is_random(whole, scenes, tmp_path, capsys):
-    said = "note: weights: none, so the backbone starts from random numbers"
+    said = "note: weights: random, so the backbone starts from random numbers"
     run(tiny(scenes, tmp_path / "frozen", steps=1, variant="supervised"), progress=False)
     assert f"{said}, and stays so: only the head is trained" in capsys.readouterr().out
-    tuned = {"freeze_backbone": False, "cache_features": False, "feature_crop": []}
+    said = said.replace("random,", "none,")
+    tuned = {"weights": "none", "freeze_backbone": False, "cache_features": False, "feature_crop": []}
     run(tiny(scenes, tmp_path / "tuned", steps=1, variant="supervised", **tuned), progress=False)
     assert f"{said}, and is trained from scratch" in capsys.readouterr().out
     run(tiny(scenes, tmp_path / "tuned", steps=1, variant="supervised", **tuned), resume=True, progress=False)

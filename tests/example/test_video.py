@@ -308,7 +308,7 @@ def test_without_truth_there_are_no_scores(clip, tmp_path, capsys):
     [
         (["--given", "7"], ConfigError, "given: expected names of frames, such as 0, got 7"),
         (["--alpha", "2"], ConfigError, "alpha: expected 0 to 1"),
-        (["--weights", "none"], ConfigError, "weights: expected a file of the backbone's"),
+        (["--weights", "none"], ConfigError, "weights: expected a file or timm for a frozen backbone"),
         (["--class-names", "sky", "road"], DataError, "expected labels 0 to 1 or 255, found"),
         (["--enlarge", "0"], ConfigError, "enlarge: expected above 0, got 0.0"),
         (["--frames", "clpi"], ConfigError, "frames: expected a folder of images, or a list of them, found no clpi"),
