@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Processes that share the tests, a file to each at a time; every one of them takes a gigabyte or two.
 WORKERS ?= 2
 
-.PHONY: help demo test test-all test-quick test-versions fuzz lint bench bench-full docs wheel-test release-check clean
+.PHONY: help demo test test-all test-quick test-versions fuzz soak lint bench bench-full docs wheel-test release-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test-quick  the quick tests of the library alone (under 90 seconds)"
 	@echo "make test-versions  the quick tests of the library on the oldest torch, NumPy and einops that it allows (minutes, downloads them)"
 	@echo "make fuzz        10,000 random calls of the library against the oracles (minutes); FUZZ=500 for fewer, SEED=7 for other ones"
+	@echo "make soak        a training killed at 30 random moments (minutes); KILLS=5 for fewer, SEED=7 for other ones"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       speed and memory of the library on this machine (minutes)"
 	@echo "make bench-full  the same with every variant and size, and accuracy; writes benchmarks/results, tables and plots (half an hour)"
@@ -61,6 +62,9 @@ test-versions: .venv-oldest/installed
 
 fuzz: .venv/installed-dev
 	$(BIN)/python -m pytest -v tests/fuzz.py
+
+soak: .venv/installed-dev
+	$(BIN)/python -m pytest -vs tests/example/soak.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
