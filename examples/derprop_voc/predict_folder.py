@@ -197,7 +197,7 @@ def write_png(path: Path, picture: Image.Image) -> None:
 
 
 def draw_legend(path: Path, class_names: Sequence[str]) -> None:
-    """Writes a PNG with the colour, id and name of every class."""
+    """Writes a PNG with the colour, id and name of every class; a name that is the id is written once."""
     columns = -(-len(class_names) // 16)
     lines = -(-len(class_names) // columns)
     figure = new_figure(3 * columns, 0.25 * lines)  # cut to the legend below
@@ -207,7 +207,7 @@ def draw_legend(path: Path, class_names: Sequence[str]) -> None:
                 facecolor=colour,
                 edgecolor=FRAME,
                 linewidth=0.6,
-                label=f"{str(index).rjust(3, FIGURE_SPACE)}  {name}",
+                label=str(index).rjust(3, FIGURE_SPACE) + (f"  {name}" if name != str(index) else ""),
             )
             for index, (name, colour) in enumerate(zip(class_names, class_colours(len(class_names)), strict=True))
         ],

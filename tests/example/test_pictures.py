@@ -217,6 +217,15 @@ def test_legend_has_every_class_in_its_colour(tmp_path, count):
     assert all((line == 255).all() for line in (edge[0], edge[-1], edge[:, 0], edge[:, -1]))  # nothing is cut off
 
 
+def test_legend_without_names_has_ids_alone(tmp_path):
+    widths = []
+    for names in (["0", "1"], ["", ""], ["00", "01"]):
+        draw_legend(tmp_path / "legend.png", names)
+        with Image.open(tmp_path / "legend.png") as legend:
+            widths.append(legend.width)
+    assert widths[0] < widths[1] < widths[2]  # the second has the gap before a name
+
+
 def history(steps):
     entries = [
         {
