@@ -64,7 +64,7 @@ fuzz: .venv/installed-dev
 	$(BIN)/python -m pytest -v tests/fuzz.py
 
 soak: .venv/installed-dev
-	$(BIN)/python -m pytest -vs tests/example/soak.py
+	$(BIN)/python -m pytest -v tests/example/soak.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

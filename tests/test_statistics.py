@@ -568,7 +568,7 @@ from dlprop.statistics import ClassStatistics
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
 given = torch.load(f"{folder}/inputs.pt", weights_only=True)
 own = ClassStatistics(3, 4)
 for logits, feats in given[rank]:
@@ -576,7 +576,7 @@ for logits, feats in given[rank]:
 own.all_reduce()
 torch.save(own.state_dict(), f"{folder}/{rank}.pt")
 empty = ClassStatistics(3, 4)
-empty.all_reduce(dist.new_group([0, 1]))
+empty.all_reduce(dist.new_group([0, 1, 2]))
 assert not any(x.any() for x in empty.buffers())
 dist.destroy_process_group()
 """
@@ -584,20 +584,20 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-def test_two_processes_are_one(tmp_path):
-    """Also where one of them has seen less, and other features."""
-    inputs_of_both = [[draw(0, 7), draw(1, 5, 10.0)], [draw(2, 9, 100.0)]]
-    torch.save(inputs_of_both, tmp_path / "inputs.pt")
+def test_three_processes_are_one(tmp_path):
+    """Also where one has seen less and other features, and one nothing."""
+    inputs = [[draw(0, 7), draw(1, 5, 10.0)], [draw(2, 9, 100.0)], []]
+    torch.save(inputs, tmp_path / "inputs.pt")
     command = [sys.executable, "-c", WORKER]
     workers = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in range(3)
     ]
     errors = [worker.communicate(timeout=120)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
+    assert [worker.returncode for worker in workers] == [0, 0, 0], errors
     wanted = ClassStatistics(3, 4)
-    for logits, feats in itertools.chain(*inputs_of_both):
+    for logits, feats in itertools.chain(*inputs):
         wanted.update(logits, feats)
-    for rank in (0, 1):
+    for rank in range(3):
         result = ClassStatistics(3, 4)
         result.load_state_dict(torch.load(tmp_path / f"{rank}.pt", weights_only=True))
         assert_statistics(result.statistics, wanted.statistics)

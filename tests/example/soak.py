@@ -22,7 +22,7 @@ KILLS = int(os.environ.get("KILLS", 30))
 SEED = int(os.environ.get("SEED", random.randrange(2**31)))  # in the name of the test: SEED=... draws the same moments
 OPTIONS = TINY | SETTINGS["running"] | {"steps": 90, "evaluate_every": 5, "seed": 3}
 
-pytestmark = [pytest.mark.soak, pytest.mark.parametrize("seed", [SEED], ids="seed={}".format)]
+pytestmark = [pytest.mark.soak, pytest.mark.parametrize("seed", [SEED], ids=f"seed={{}},kills={KILLS}".format)]
 
 
 def start(out, data):
@@ -57,4 +57,3 @@ def test_kill_9_at_random_moments_loses_nothing(seed, tmp_path):
             assert process.returncode == 0, errors
             finished = True
         assert_same_run(out, tmp_path / "whole")
-    print(f"{kills} kills in {rounds} runs of {OPTIONS['steps']} steps, {duration:.0f} s each uninterrupted")

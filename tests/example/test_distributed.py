@@ -104,10 +104,11 @@ def tiny(scenes, out, **options):
     return make_config(TINY | {"data": str(scenes), "out": str(out)} | options)
 
 
-def torchrun(*arguments, timeout=300):
-    """Exit code and output of two processes, with a time limit so that a hang fails."""
+def torchrun(*arguments, processes=2, timeout=300):
+    """Exit code and output of so many processes, with a time limit so that a hang fails."""
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)],
+        [*started, *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -209,6 +210,20 @@ def test_two_processes_train_as_one_with_the_same_global_batch(name, one, two, s
     start = make_state(tiny(scenes, one, **RUNS[name]), 6, torch.device("cpu"), 1).network.state_dict()
     moved = (expected["network"]["classifier.weight"] - start["classifier.weight"]).abs().max()
     assert moved > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_three_processes_train_as_one(scenes, tmp_path):
+    batches = {"labeled_batch": 6, "unlabeled_batch": 6} | RUNS["data"]
+    run(tiny(scenes, tmp_path / "one", **batches), progress=False)
+    options = tmp_path / "options.yaml"
+    options.write_text(yaml.safe_dump(tiny(scenes, tmp_path / "three", **batches).to_dict()))
+    code, output = torchrun("-m", "examples.derprop_voc", "train", "--config", options, processes=3)
+    assert code == 0, output
+    found, expected = read(tmp_path / "three"), read(tmp_path / "one")
+    assert_close(found["network"], expected["network"])
+    assert_close(found["running"], expected["running"], rtol=TOLERANCE)
 
 
 @pytest.mark.slow
