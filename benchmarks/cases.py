@@ -291,9 +291,6 @@ CASES: dict[str, Case] = {
     ),
 }
 
-# Cases that came after the last whole run.
-NEWER = ("attention_81", "clicks_360", "window_512", "loss_view_129_medium")
-
 # Results at 41 x 41 are compared with those in float64.
 ACCURACY = (
     "propagation_129",

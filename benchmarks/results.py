@@ -10,7 +10,7 @@ from typing import Any
 
 import dlprop
 
-from .cases import CASES, NEWER
+from .cases import CASES
 
 FORMAT = 3  # of the layout below; files of another one are no results
 FOLDER = Path(__file__).parent / "results" / dlprop.__version__
@@ -25,11 +25,8 @@ def load(device: str, folder: Path | None = None) -> Results | None:
 
 
 def check(results: Results) -> None:
-    """Raise ValueError unless ``results`` are those of a whole run: every case, and the errors against float64.
-
-    Cases that are newer than the last whole run may be missing, all of them, until the next one.
-    """
-    if list(results["cases"]) not in (list(CASES), [name for name in CASES if name not in NEWER]):
+    """Raise ValueError unless ``results`` are those of a whole run: every case, and the errors against float64."""
+    if list(results["cases"]) != list(CASES):
         raise ValueError(f"cases must be {', '.join(CASES)}, got {', '.join(results['cases'])}")
     for name, entry in results["cases"].items():
         missing = {"title", "rounds", "spread", "is_noisy", "targets", "points"} - entry.keys()
