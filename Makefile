@@ -28,8 +28,9 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "dlprop needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 
+# Not compiled: Python does that to what is imported, and most of these packages' files never are.
 .venv/installed-%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[$*]"
 	@touch $@
 
 # Tools alone: the archives are built in an environment of their own, which needs neither torch nor the library.

@@ -214,7 +214,9 @@ CAPTURED = {
     CASES,
     *("derivative_similarity", "propagation", "propagation softmax", "loss labels", "loss features"),
     *("propagation attention", "propagation window"),
-    exhaustive=CAPTURED | {"propagation softmax to targets", "propagation softmax gaussian", "loss frobenius labels"},
+    exhaustive=CAPTURED
+    | {"propagation softmax to targets", "propagation softmax gaussian", "loss frobenius labels"}
+    | {"propagation attention to targets", "propagation window full resolution"},
 )
 def test_compiles_into_one_graph_without_a_recompile_per_size(name):
     function, arguments = CASES[name]
@@ -227,7 +229,9 @@ def test_compiles_into_one_graph_without_a_recompile_per_size(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["propagation softmax", "propagation window", "loss labels"])
+@pytest.mark.parametrize(
+    "name", ["propagation softmax", pytest.param("propagation window", marks=pytest.mark.exhaustive), "loss labels"]
+)
 def test_square_images_do_not_recompile_either(name):
     function, arguments = CASES[name]
     compilations = CompileCounterWithBackend("aot_eager")
