@@ -238,9 +238,16 @@ def test_statistics_of_other_sizes_are_refused():
 # Gradients and transforms
 
 
-@forms
 @forward_mode
-@pytest.mark.parametrize("resolution", ["feats", "logits"])
+@pytest.mark.parametrize(
+    ("form", "resolution"),
+    [
+        ("discriminant", "logits"),
+        ("ridge", "feats"),
+        pytest.param("discriminant", "feats", marks=pytest.mark.exhaustive),
+        pytest.param("ridge", "logits", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_gradients(form, resolution):
     logits, feats, target_feats = inputs((5, 4), (2, 3), (2, 1), N=1, D=3)
     options = {"resolution": resolution, "mask": random_mask(2, 5, 4)[:1], "shrinkage": 0.3, "weights": (1.0, 0.5)}

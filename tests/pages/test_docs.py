@@ -65,7 +65,7 @@ def test_the_tests_that_the_theory_page_names_exist():
 
 def test_links_and_pictures_exist():
     missing = []
-    for page in PAGES:
+    for page in (*PAGES, ROOT / "README.md", *sorted((ROOT / "examples" / "derprop_voc").rglob("README.md"))):
         text = re.sub(r"```python\n.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         targets = re.findall(r"\]\(([^)#\s]+)(?:#\S*)?\)", text) + re.findall(r"<(\.\./[^>]+)>", text)
         for target in targets:

@@ -284,7 +284,11 @@ def test_every_linear_propagation_goes_to_onnx(affinity, resolution):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("affinity", [Softmax(), Ridge(), Discriminant()], ids=lambda affinity: type(affinity).__name__)
+@pytest.mark.parametrize(
+    "affinity",
+    [Ridge(), *(pytest.param(other, marks=pytest.mark.exhaustive) for other in (Softmax(), Discriminant()))],
+    ids=lambda affinity: type(affinity).__name__,
+)
 def test_other_affinities_do_not_go_to_onnx(affinity):
     _, program = export_propagation(affinity)
     with pytest.raises(torch.onnx.OnnxExporterError):
