@@ -18,7 +18,7 @@ help:
 	@echo "make soak        a training killed at 30 random moments (minutes); KILLS=5 for fewer, SEED=7 for other ones"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       speed and memory of the library on this machine (minutes)"
-	@echo "make bench-full  the same with every variant and size, and accuracy; writes benchmarks/results, tables and plots (half an hour)"
+	@echo "make bench-full  the same with every variant and size, and accuracy; writes benchmarks/results, tables and plots (under an hour)"
 	@echo "make docs        build the documentation"
 	@echo "make wheel-test  install the wheel into an empty environment and run the README there (minutes, downloads torch)"
 	@echo "make release-check  build what a release uploads into dist/ and check it"

@@ -97,8 +97,8 @@ class Config:
     )
     weights: str = option(
         "none",
-        "of the backbone: a file, a torchvision enum member (IMAGENET1K_V2), timm, or none; random: none for a frozen "
-        "one, which is refused otherwise",
+        "of the backbone: a file, a torchvision enum member (IMAGENET1K_V2), timm, or none; of a frozen one, which "
+        "stays as it is, none is refused and random says that it is meant",
     )
     output_stride: Literal[8, 16] = option(8, "pixels of the input a point of the features stands for")
     timm_stages: tuple[int, ...] = option(

@@ -67,9 +67,9 @@ class DerivativeLoss(nn.Module):
         "l1": time 4 M^2 D an image and order against features, 3 M^2 D against labels, value and gradient together; on
         CPUs in eager mode labels at order 0 take O(M D) where features are known to be non-negative with sum 1. Memory
         O(M D): at its peak six times the features (two orders). With `num_anchors=K`: time O(M K D).
-        Against features, torch's setting "medium" for float32 products takes bfloat16 for those over pairs on
-        CPUs that multiply it, and "high" two of it for a float32. Differences of the views are formed before they are
-        rounded, so that close views do not suffer.
+        Against features, torch's setting "medium" for float32 products takes bfloat16 for those over pairs on CPUs
+        where torch does, which is slower where the processor only emulates it, and "high" two of it for a float32 on
+        CPUs with AMX. Differences of the views are formed before they are rounded: close views do not suffer.
         "frobenius": time O(M D^2) whatever the order, memory O(M D); in float32 a value below 1e-7 of a mean pair of
         labels is rounding.
 

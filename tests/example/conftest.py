@@ -3,7 +3,9 @@
 import pytest
 from matplotlib.figure import Figure
 
+from examples.derprop_voc.scenes import write_scenes
 from tests.example.data_sets import make_voc, mask, picture, write_list
+from tests.example.finished import make_finished
 
 SAVE_FIGURE = Figure.savefig
 
@@ -40,3 +42,19 @@ def folder(tmp_path):
     write_list(lists / "half" / "labeled.txt", "a", "b", "c")
     write_list(lists / "half" / "unlabeled.txt", "d", "e", "f")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """The smallest data; many files have their own."""
+    root = tmp_path_factory.mktemp("scenes")
+    write_scenes(root, labeled=2, unlabeled=2, val=3, size=(40, 48), seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory):
+    """A run folder that no training made."""
+    out = tmp_path_factory.mktemp("run")
+    make_finished(scenes, out)
+    return out

@@ -1,7 +1,6 @@
 """A run folder without a training, and a network that needs none."""
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -15,6 +14,8 @@ from examples.derprop_voc.model import Output
 from examples.derprop_voc.scenes import CLASS_NAMES
 from examples.derprop_voc.state import make_state
 from tests.example.options import TINY
+
+KEYS = ("prediction", "propagated", "blend")
 
 
 class FakeNetwork(nn.Module):
@@ -80,7 +81,6 @@ def validation(scenes, tmp_path):
     return folder, {name: np.array(Image.open(scenes / "SegmentationClass" / f"{name}.png")) for name in names}
 
 
-@pytest.mark.slow
 def confusion_iou(predicted, truth, count):
     """IoU of every class over all images, NaN for absent ones, by counting pixels."""
     matrix = np.zeros((count, count), int)

@@ -21,3 +21,17 @@ TINY: dict[str, Any] = TINY_NETWORK | {
     "accelerator": "cpu",
     "tensorboard": False,
 }
+
+
+def flags(options):
+    """Options as command-line flags."""
+    given = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            given.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            given += [f"--{flag}", *map(str, value)]
+        else:
+            given.append(f"--{flag}={value}")
+    return given

@@ -5,7 +5,6 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -14,15 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from examples.derprop_voc.scenes import write_scenes
-from tests.example.test_resume import SETTINGS, TINY, assert_same_run
+from tests.example.runs import SETTINGS, TINY, assert_same_run, make_scenes
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("KILLS", 30))
 SEED = int(os.environ.get("SEED", random.randrange(2**31)))  # in the name of the test: SEED=... draws the same moments
 OPTIONS = TINY | SETTINGS["running"] | {"steps": 90, "evaluate_every": 5, "seed": 3}
 
-pytestmark = [pytest.mark.soak, pytest.mark.parametrize("seed", [SEED], ids=f"seed={{}},kills={KILLS}".format)]
+pytestmark = [pytest.mark.soak, pytest.mark.parametrize("seed", [SEED], ids=[f"seed={SEED},kills={KILLS}"])]
 
 
 def start(out, data):
@@ -34,7 +32,7 @@ def start(out, data):
 
 def test_kill_9_at_random_moments_loses_nothing(seed, tmp_path):
     data, moments = tmp_path / "scenes", random.Random(seed)
-    write_scenes(data, labeled=5, unlabeled=6, val=2, size=(40, 48), seed=1)
+    make_scenes(data)
     begin = time.perf_counter()
     _, errors = (process := start(tmp_path / "whole", data)).communicate()
     assert process.returncode == 0, errors
@@ -43,17 +41,17 @@ def test_kill_9_at_random_moments_loses_nothing(seed, tmp_path):
     kills, rounds = 0, 0
     while kills < KILLS:
         rounds += 1
-        out, finished = tmp_path / f"killed_{rounds}", False
-        while not finished:
+        out = tmp_path / f"killed_{rounds}"
+        while True:
             process = start(out, data)
             try:
-                # Every start spends its first seconds on imports; a run that is always killed there would never end.
+                # At any moment between the start, whose first seconds are imports, and the end of a whole run.
                 _, errors = process.communicate(timeout=duration * moments.random())
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
+                process.kill()  # SIGKILL
                 process.communicate()
                 kills += 1
                 continue
             assert process.returncode == 0, errors
-            finished = True
+            break
         assert_same_run(out, tmp_path / "whole")

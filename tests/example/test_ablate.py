@@ -15,8 +15,7 @@ from examples.derprop_voc.config import ConfigError, make_config
 from examples.derprop_voc.demo import CONFIGS
 from examples.derprop_voc.scenes import write_scenes
 from examples.derprop_voc.tables import add_differences, details, draw_quality, markdown
-from tests.example.options import TINY
-from tests.example.test_training import flags
+from tests.example.options import TINY, flags
 
 GRID = {"a": {"variant": "supervised"}, "b": {"variant": "full", "scale": "degree"}}
 

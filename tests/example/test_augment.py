@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from examples.derprop_voc.augment import Augment, RandomRescale, cutmix, cutmix_boxes
+from examples.derprop_voc.augment import Augment, AugmentFeatures, RandomRescale, cutmix, cutmix_boxes
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import (
     SegmentationDataset,
@@ -12,6 +12,7 @@ from examples.derprop_voc.data import (
     load_data,
 )
 from examples.derprop_voc.scenes import write_scenes
+from tests.example.frozen_runs import FROZEN
 from tests.example.options import TINY
 
 
@@ -100,3 +101,42 @@ def test_cutmix_of_aligned_grids_takes_the_nearest_feature_point():
     assert mixed[5:12].eq(1).all()
     assert mixed[:4].eq(0).all()
     assert mixed[13:].eq(0).all()
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+def grid_sample(h=5, w=6):
+    """Features that say where they stand, and a mask that says in which feature's cell a pixel is."""
+    place = torch.arange(h * w, dtype=torch.float16).view(1, h, w)
+    mask = tv_tensors.Mask(place[0].to(torch.uint8).repeat_interleave(8, 0).repeat_interleave(8, 1))
+    return {"image": place, "mask": mask, "valid": tv_tensors.Mask(torch.ones_like(mask))}
+
+
+def test_crops_and_flips_keep_masks_on_their_features():
+    augment = AugmentFeatures(make_config(FROZEN), torch.zeros(1, 1, 1), strong=False)
+    corners, flips = set(), set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        sample = augment(grid_sample())
+        assert sample["image"].shape == (1, 4, 5)
+        assert sample["mask"].shape == sample["valid"].shape == (32, 40)
+        assert torch.equal(sample["mask"], sample["image"][0].repeat_interleave(8, 0).repeat_interleave(8, 1))
+        corners.add(int(sample["image"].min()))
+        flips.add(bool(sample["image"][0, 0, 0] > sample["image"][0, 0, 1]))
+    assert corners == {0, 1, 6, 7}
+    assert flips == {False, True}
+    whole = AugmentFeatures(make_config(FROZEN | {"feature_crop": []}), torch.zeros(1, 1, 1), strong=False)
+    assert whole(grid_sample())["image"].shape == (1, 5, 6)
+
+
+def test_the_strong_view_lacks_channels_and_keeps_the_mean():
+    mean = torch.arange(400.0).view(-1, 1, 1) / 100
+    features = (mean + torch.randn(400, 5, 6, generator=torch.Generator().manual_seed(0))).half()
+    config = make_config(FROZEN | {"channel_dropout": 0.25, "feature_crop": []})
+    sample = AugmentFeatures(config, mean, strong=True)(grid_sample() | {"image": features})
+    assert set(sample) == {"weak", "strong", "mask", "valid"}
+    weak, strong = sample["weak"].float() - mean, sample["strong"].float() - mean
+    dropped = strong.abs().amax((1, 2)) < 0.01
+    assert 0.15 < dropped.float().mean() < 0.35
+    torch.testing.assert_close(strong[~dropped], weak[~dropped] / 0.75, rtol=0, atol=0.01)

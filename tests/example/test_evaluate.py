@@ -18,26 +18,11 @@ from examples.derprop_voc.predict_folder import list_images
 from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
 from examples.derprop_voc.sweep import make_settings
 from examples.derprop_voc.train import run
-from tests.example.finished import confusion_iou, make_finished, validation, write_state
+from tests.example.finished import KEYS, confusion_iou, validation, write_state
 from tests.example.options import TINY
 
-KEYS = ("prediction", "propagated", "blend")
 
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    write_scenes(root, labeled=2, unlabeled=2, val=3, size=(40, 48), seed=1)
-    return root
-
-
-@pytest.fixture(scope="module")
-def finished(scenes, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    make_finished(scenes, out)
-    return out
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "network", "mode"),
     [("latest", "trained", "original"), ("best", "averaged", "original"), ("latest", "tested", "sliding_window")],

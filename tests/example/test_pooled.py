@@ -28,24 +28,8 @@ from examples.derprop_voc.pooled import (
     tau_of,
     write_statistics,
 )
-from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
-from tests.example.finished import FakeNetwork, confusion_iou, make_finished, validation
-
-KEYS = ("prediction", "propagated", "blend")
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    write_scenes(root, labeled=2, unlabeled=2, val=3, size=(40, 48), seed=1)
-    return root
-
-
-@pytest.fixture(scope="module")
-def finished(scenes, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    make_finished(scenes, out)
-    return out
+from examples.derprop_voc.scenes import CLASS_NAMES
+from tests.example.finished import KEYS, FakeNetwork, confusion_iou, validation
 
 
 def folder_of(count):

@@ -14,6 +14,7 @@ from examples.derprop_voc.losses import make_propagation
 from examples.derprop_voc.model import Output
 from examples.derprop_voc.quality import PseudoLabelQuality
 from examples.derprop_voc.rectification import Rectification, adjusted, method
+from tests.example.frozen_runs import FROZEN
 from tests.example.test_distributed import Processes
 
 C, D = 4, 8
@@ -233,3 +234,20 @@ def test_shares_and_accuracies_above_the_threshold():
 )
 def test_a_run_says_what_adjusts_and_across_what(options, line):
     assert line in method(make_config(options))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "pseudo-labels: P and P~ blended by Eq. 5; P~ by affinity discriminant, chosen by --affinity: balances"),
+        (
+            {"affinity": "linear"},
+            "P~ by affinity linear, the default: Eq. 4, the paper's; on real images it costs points",
+        ),
+        ({"rectify": False}, "pseudo-labels: P itself (no_rectify); P~ by affinity discriminant"),
+        ({"variant": "no_propagation"}, "pseudo-labels: P itself (variant no_propagation)"),
+        ({"variant": "supervised"}, "labelled images only; no pseudo-labels"),
+    ],
+)
+def test_a_run_says_what_makes_its_pseudo_labels(options, line):
+    assert line in method(make_config(FROZEN | options))

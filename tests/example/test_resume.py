@@ -13,46 +13,31 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
 
 from examples.derprop_voc import train
 from examples.derprop_voc.__main__ import BAD_INPUT, DONE, main
-from examples.derprop_voc.config import ConfigError, make_config
-from examples.derprop_voc.data import SeededBatches, load_data
+from examples.derprop_voc.config import ConfigError
+from examples.derprop_voc.data import load_data
 from examples.derprop_voc.evaluate import OUTPUTS
 from examples.derprop_voc.files import CheckpointError
-from examples.derprop_voc.losses import Objective
-from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
-from examples.derprop_voc.state import check_resumable, make_state
-from examples.derprop_voc.train import DivergedError, Trainer, run
-from tests.example.options import TINY as PLAIN
+from examples.derprop_voc.scenes import CLASS_NAMES
+from examples.derprop_voc.state import check_resumable
+from examples.derprop_voc.train import run
+from tests.example.runs import (
+    EPOCH,
+    SETTINGS,
+    STEPS,
+    TINY,
+    Stopped,
+    assert_same,
+    assert_same_run,
+    make_scenes,
+    read,
+    stop_at,
+    tiny,
+)
 
 ROOT = Path(__file__).parents[2]
-
-# Dropout, CutMix, the momentum network and the adaptive threshold are on; pseudo-labels pass the threshold. Epochs have
-# three steps, and the last one of the run is cut to two.
-TINY = PLAIN | {
-    "threshold": 0.2,
-    "threshold_momentum": 0.9,
-    "steps": 8,
-    "lr": 0.01,
-    "evaluate_every": 1,
-    "threads": 1,
-}
-DATA = {"affinity": "discriminant", "across": "data"}
-SETTINGS = {
-    "eval": {"weak_mode": "eval"},
-    # Anchors are drawn from torch's default generator, as dropout is.
-    "train": {"weak_mode": "train", "num_anchors": 8, "average_every": "step", "evaluate_every": 2},
-    # Everything that rectification remembers.
-    "running": DATA | {"adjust": "prior", "threshold": 0.1, "threshold_momentum": 0.99, "evaluate_every": 2},
-}
-EPOCH, STEPS = 3, 8
-
-
-class Stopped(Exception):  # noqa: N818, an interruption rather than an error
-    pass
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +47,7 @@ def _log_every(monkeypatch):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    write_scenes(root, labeled=5, unlabeled=6, val=2, size=(40, 48), seed=1)
-    return root
+    return make_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture(scope="module")
@@ -90,56 +73,6 @@ def stopped(runs, tmp_path):
     """A copy of the stopped run with the setting "eval": three steps in its checkpoint, five in its log."""
     shutil.copytree(runs["eval"][2], tmp_path / "run")
     return tmp_path / "run"
-
-
-def tiny(scenes, out, **options):
-    return make_config(TINY | {"data": str(scenes), "out": str(out)} | options)
-
-
-def stop_at(monkeypatch, step):
-    """Raises `Stopped` in that step, counted from 1 in this process, before it reaches the weights."""
-    check, calls = Trainer._check_finite, [0]
-
-    def stopping(self, *arguments):
-        calls[0] += 1
-        if calls[0] == step:
-            raise Stopped
-        check(self, *arguments)
-
-    monkeypatch.setattr(Trainer, "_check_finite", stopping)
-
-
-def read(folder, name="latest.pt"):
-    return torch.load(Path(folder) / name, weights_only=True)
-
-
-def assert_same(found, expected, place=""):
-    """Equality of nested values, bit for bit."""
-    assert type(found) is type(expected), place
-    if isinstance(expected, dict):
-        assert list(found) == list(expected), place
-        for key in expected:
-            assert_same(found[key], expected[key], f"{place}.{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), place
-        for index, pair in enumerate(zip(found, expected, strict=True)):
-            assert_same(*pair, f"{place}.{index}")
-    elif isinstance(expected, torch.Tensor):
-        assert found.dtype == expected.dtype, place
-        assert torch.equal(found, expected), place
-    else:
-        assert found == expected, place
-
-
-def assert_same_run(found, expected):
-    """Checkpoints, log and history of two run folders are the same; their options may differ where that is free."""
-    for name in ("latest.pt", "best.pt"):
-        assert_same(*({**read(folder, name), "config": None} for folder in (found, expected)), name)
-    logs = [(Path(folder) / "log.jsonl").read_text() for folder in (found, expected)]
-    assert logs[0] == logs[1]
-    steps = [(entry["step"], entry["kind"]) for entry in map(json.loads, logs[0].splitlines())]
-    assert len(set(steps)) == len(steps)
-    assert not list(Path(found).glob(".*"))
 
 
 def one_line(capsys):
@@ -501,7 +434,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line_that_says_which_key(name, s
     assert (stopped / "latest.pt").read_bytes() == before
 
 
-# --- a full disk, and NaN --------------------------------------------------------------------------------------------
+# --- a full disk --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -553,106 +486,3 @@ def test_no_space_while_writing_a_checkpoint(first, stopped, scenes, monkeypatch
         run(tiny(scenes, stopped), resume=True, progress=False)
     assert {path.name: path.read_bytes() for path in stopped.glob("*.pt")} == before
     assert not list(stopped.glob(".*"))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_the_weights(value, scenes, tmp_path, monkeypatch):
-    labeled, check, seen = Objective.labeled, Trainer._check_finite, []
-
-    def diverging(self, *arguments):
-        terms = labeled(self, *arguments)
-        return terms | {"ce_l": terms["ce_l"] * value} if len(seen) == 4 else terms
-
-    def weights(trainer):
-        return {name: values.clone() for name, values in trainer.state.network.named_parameters()}
-
-    def checking(self, *arguments):
-        seen.append((self, weights(self), (tmp_path / "latest.pt").is_file()))
-        check(self, *arguments)
-
-    monkeypatch.setattr(Objective, "labeled", diverging)
-    monkeypatch.setattr(Trainer, "_check_finite", checking)
-    config = tiny(scenes, tmp_path)
-    with pytest.raises(DivergedError) as caught:
-        run(config, progress=False)
-    data = load_data(config)
-    batches = [
-        list(SeededBatches(len(items), batch_size=2, steps=5, seed=2 * config.seed + kind))[4]
-        for items, kind in ((data.labeled, True), (data.unlabeled, False))
-    ]
-    names = [data.labeled[index].name for index, _ in batches[0]] + [
-        data.unlabeled[index].name for index, _ in batches[1]
-    ]
-    assert f"loss is {value} at step 4, on images {', '.join(names)}; " in str(caught.value)
-    assert len(seen) == 5
-    trainer, before, _ = seen[-1]
-    assert_same(weights(trainer), before)
-    assert read(tmp_path)["step"] == EPOCH
-
-
-# --- precision -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_bf16_trains_and_keeps_float32_weights(scenes, tmp_path):
-    results = run(tiny(scenes, tmp_path, steps=2, precision="bf16-mixed"), progress=False)
-    [entry] = [entry for entry in results["history"] if entry["kind"] == "train"]
-    assert entry["loss"] == pytest.approx(entry["loss"], abs=100)
-    for part in ("network", "averager"):
-        floats = [values for values in read(tmp_path)[part].values() if values.is_floating_point()]
-        assert {values.dtype for values in floats} == {torch.float32}
-        assert all(values.isfinite().all() for values in floats)
-    plain = run(tiny(scenes, tmp_path / "plain", steps=2), progress=False)["history"][0]
-    assert entry["loss"] != plain["loss"]
-    assert entry["loss"] == pytest.approx(plain["loss"], rel=0.05)
-
-
-def test_fp16_needs_a_gpu(scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="precision: 16-mixed needs a CUDA device; use bf16-mixed"):
-        run(tiny(scenes, tmp_path, precision="16-mixed"), progress=False)
-
-
-def scaled(monkeypatch, **options):
-    """Lets the CPU train in fp16 with a gradient scaler, as a GPU does."""
-
-    def make_fabric(_):
-        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", **options))
-        fabric = Fabric(accelerator="cpu", plugins=[precision])
-        fabric.launch()
-        return fabric
-
-    monkeypatch.setattr(train, "make_fabric", make_fabric)
-
-
-@pytest.mark.slow
-@pytest.mark.exhaustive
-def test_the_gradient_scaler_is_saved_and_restored(scenes, tmp_path, monkeypatch):
-    scaled(monkeypatch, init_scale=64.0, growth_interval=4)
-    whole, halves = (tiny(scenes, tmp_path / name, steps=4) for name in ("whole", "halves"))
-    run(whole, progress=False)
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 4)
-        with pytest.raises(Stopped):
-            run(halves, progress=False)
-    scaler = read(halves.out)["precision"]
-    assert (scaler["scale"], scaler["_growth_tracker"]) == (64.0, 3)  # three of the four steps before it grows
-    run(halves, resume=True, progress=False)
-    assert read(halves.out)["precision"]["scale"] == 128.0
-    assert_same_run(halves.out, whole.out)
-
-
-@pytest.mark.slow
-def test_a_step_that_the_gradient_scaler_skips_changes_no_weight(scenes, tmp_path, monkeypatch):
-    scaled(monkeypatch, init_scale=2.0**60)
-    config = tiny(scenes, tmp_path, steps=1)
-    run(config, progress=False)
-    checkpoint = read(tmp_path)
-    assert checkpoint["precision"]["scale"] == 2.0**59
-    assert checkpoint["schedule"]["last_epoch"] == 1
-    assert checkpoint["optimizer"]["state"] == {}
-    torch.manual_seed(config.seed)
-    start = make_state(config, len(CLASS_NAMES), torch.device("cpu"), 1).network
-    for name, values in start.named_parameters():
-        assert torch.equal(checkpoint["network"][name], values)
-    run(config, resume=True, progress=False)  # a checkpoint without momentum buffers is whole

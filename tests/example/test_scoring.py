@@ -13,9 +13,7 @@ from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Softmax
 from examples.derprop_voc.evaluate import _middle, _windows, evaluate, predict, probabilities
 from examples.derprop_voc.model import Output
-from tests.example.finished import FakeNetwork
-
-KEYS = ("prediction", "propagated", "blend")
+from tests.example.finished import KEYS, FakeNetwork
 
 
 class RedNetwork(nn.Module):

@@ -6,44 +6,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from examples.derprop_voc import demo
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.choice import load_finished
-from examples.derprop_voc.config import Config, ConfigError, make_config, read_yaml
+from examples.derprop_voc.config import ConfigError, make_config
 from examples.derprop_voc.data import (
     DataError,
     SeededBatches,
     load_data,
     read_list,
 )
-from examples.derprop_voc.demo import CONFIGS, RUNS, demo_configs
+from examples.derprop_voc.demo import RUNS, demo_configs
 from examples.derprop_voc.evaluate import make_metric, summarise
 from examples.derprop_voc.files import write_bytes, write_json
 from examples.derprop_voc.model import SegmentationNetwork
 from examples.derprop_voc.quality import PseudoLabelQuality
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
 from examples.derprop_voc.train import DivergedError, run
-from tests.example.options import TINY
+from tests.example.options import TINY, flags
 
 VARIANTS = ("supervised", "no_propagation", "no_derivative_loss", "no_momentum", "full")
 FILES = {"config.yaml", "curves.png", "latest.pt", "log.jsonl", "panel.png", "results.json", "similarity.png"}
-
-
-def flags(options):
-    """Options as command-line flags."""
-    given = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            given.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            given += [f"--{flag}", *map(str, value)]
-        else:
-            given.append(f"--{flag}={value}")
-    return given
 
 
 @pytest.fixture(scope="module")
@@ -61,89 +46,6 @@ def broken(tmp_path):
 
 def tiny(scenes, out, **options):
     return make_config(TINY | {"data": str(scenes), "out": str(out)} | options)
-
-
-# --- options ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lrr": 1}, r"unknown option lrr; did you mean lr\?"),
-        ({"xyzzy": 1}, r"unknown option xyzzy; `train --help` lists them all"),
-        ({"epochs": 0}, r"epochs: expected at least 1, got 0"),
-        ({"steps": 1.5}, r"steps: expected int, got 1\.5"),
-        ({"steps": True}, r"steps: expected int, got True"),
-        ({"lr": "fast"}, r"lr: expected a number, got 'fast'"),
-        ({"lr": float("nan")}, r"lr: expected at least 0, got nan"),
-        ({"rectify": "yes"}, r"rectify: expected bool, got 'yes'"),
-        ({"partition": 18}, r"partition: expected str \(in YAML, quote it\), got 18"),
-        ({"variant": "best"}, r"variant: expected one of supervised, .*, full, got 'best'"),
-        ({"variant": []}, r"variant: expected one of supervised"),
-        ({"crop_size": 100}, r"crop_size: expected a multiple of output_stride = 8, or one more"),
-        ({"crop_size": 328, "output_stride": 16}, r"crop_size: expected a multiple of output_stride = 16"),
-        ({"output_stride": 4}, r"output_stride: expected one of 8, 16, got 4"),
-        ({"timm_stages": [3, 1]}, r"timm_stages: expected two stages in rising order, got \[3, 1\]"),
-        ({"image_size": [180]}, r"image_size: expected a height and a width, got \[180\]"),
-        ({"image_size": 180}, r"image_size: expected a list, got 180"),
-        ({"rescale": [2, 1]}, r"rescale: expected two positive numbers in rising order"),
-        ({"order_weights": []}, r"order_weights: expected a finite number for each order, got \[\]"),
-        (
-            {"order_weights": [1, float("inf")]},
-            r"order_weights: expected a finite number for each order, got \[1\.0, inf",
-        ),
-        (
-            {"feature_channels": 4, "scheme": "sum", "max_order": 3},
-            r"feature_channels: expected more than 4 .* order 4",
-        ),
-        (
-            {"feature_channels": 4, "scheme": "laplacian", "variant": "supervised", "order_weights": [1, 1, 1]},
-            r"feature_channels: expected more than 4 for differences of order 2 with scheme laplacian, got 4",
-        ),
-        ({"threshold": 1.1}, r"threshold: expected at most 1, got 1\.1"),
-        ({"num_classes": 3, "class_names": ["a", "b"]}, r"class_names: expected num_classes = 3, got 2"),
-        (
-            {"affinity": "softmax", "scale": "mean"},
-            r"scale: 'mean' applies to linear only, not to softmax; leave it at",
-        ),
-        ({"affinity": "ridge", "similarity": "cosine"}, r"similarity: 'cosine' applies to linear and softmax only"),
-        ({"affinity": "discriminant", "balance": 1}, r"balance: 1\.0 applies to ridge only, not to discriminant"),
-        (
-            {"shrinkage": 0.1},
-            r"shrinkage: 0\.1 applies to ridge and discriminant only, not to linear; leave it at 0\.0",
-        ),
-        ({"affinity": "softmax", "across": "batch"}, r"across: 'batch' applies to ridge and discriminant only"),
-        ({"affinity": "ridge", "balance": 2}, r"balance: expected at most 1, got 2"),
-        (
-            {"affinity": "ridge", "order_weights": [0, 1]},
-            r"order_weights: expected the first above 0 and none below for ridge, got \[0\.0, 1\.0\]",
-        ),
-    ],
-)
-def test_config_errors(options, message):
-    with pytest.raises(ConfigError, match=message):
-        make_config(options)
-
-
-def test_config_reads_files_then_flags_and_round_trips(scenes, tmp_path):
-    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    first.write_text("lr: 1e-3\nsteps: 7\npartition: '1_8'\n")
-    second.write_text("steps: 1\norder_weights: [1, 2]\n")
-    out = tmp_path / "run"
-    given = flags({name: value for name, value in TINY.items() if name != "steps"})
-    arguments = ["train", "--config", str(first), str(second), f"--data={scenes}", f"--out={out}", *given]
-    assert main([*arguments, "--variant", "supervised", "--no-nonnegative", "--rescale", "0.8", "1.25"]) == 0
-    saved = yaml.safe_load((out / "config.yaml").read_text())
-    assert (saved["lr"], saved["steps"], saved["order_weights"]) == (1e-3, 1, [1.0, 2.0])
-    assert (saved["partition"], saved["nonnegative"], saved["rescale"]) == ("demo", False, [0.8, 1.25])
-    assert make_config(saved).to_dict() == saved
-
-
-def test_shipped_configs_are_valid():
-    paths = sorted(CONFIGS.glob("*.yaml"))
-    assert paths
-    for path in paths:
-        make_config(read_yaml(path))
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -443,11 +345,3 @@ def test_demo_from_the_command_line(tmp_path, monkeypatch, capsys):
         of_run["corrected"] > of_run["P"] for of_run in scores.values()
     )  # hardly trained, but the clicks are right
     assert (tmp_path / "clicks.png").is_file()
-
-
-def test_defaults_are_the_papers():
-    config = Config()
-    assert (config.weight_ce, config.weight_kl, config.weight_der, config.eta) == (0.5, 0.25, 0.5, 0.5)
-    assert (config.affinity, config.scale, config.average_every) == ("linear", "sum", "epoch")
-    assert (config.order_weights, config.max_order) == ((1.0, 1.0), 1)
-    assert (config.threshold, config.threshold_momentum, config.average_momentum) == (0.85, 0.999, 0.5)
