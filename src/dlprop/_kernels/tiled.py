@@ -224,7 +224,10 @@ def _chunks(queries: Tensor, keys: Tensor, chunk: int | None) -> Tiles:
 
 
 def _tiles(queries: Tensor, keys: Tensor, chunk: int | None) -> Tiles:
-    """The same, but all tiles share the memory of one, which has more rows where there are few keys."""
+    """The same, but all tiles share the memory of one, which has more rows where there are few keys.
+
+    Few keys make a narrow tile. On CPUs its columns lie along memory, as reductions of short rows are slow.
+    """
     N, M, _ = queries.shape
     columns = _blocks(keys.shape[1], None, keys)
     width = max((j.stop - j.start for j in columns), default=1)
@@ -232,7 +235,13 @@ def _tiles(queries: Tensor, keys: Tensor, chunk: int | None) -> Tiles:
         chunk = max(1, _tile_limit(keys) ** 2 // width)
         chunk = math.ceil(M / math.ceil(M / chunk)) if M else chunk
     memory = queries.new_empty(min(chunk, M) * width)
+    is_narrow = keys.device.type == "cpu" and 2 * width <= _tile_limit(keys)
+
+    def tile(rows: int, j: slice) -> Tensor:
+        size = j.stop - j.start
+        used = memory[: rows * size]
+        return used.view(size, rows).T if is_narrow else used.view(rows, size)
+
     for n in range(N):
         for i in _blocks(M, chunk, keys):
-            rows = i.stop - i.start
-            yield n, i, [(j, memory[: rows * (j.stop - j.start)].view(rows, -1)) for j in columns]
+            yield n, i, [(j, tile(i.stop - i.start, j)) for j in columns]
