@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Config, ConfigError, add_config_arguments, make_config, read_yaml, values_from_arguments
+from .config import Config, add_config_arguments, make_config, read_yaml, values_from_arguments
+from .errors import ConfigError
 from .files import write_bytes, write_json, write_yaml
 from .state import changed_options
 from .tables import add_differences, details, draw_quality, markdown, summarise
@@ -41,7 +42,7 @@ def add_ablate_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
 
 
-def ablate(arguments: argparse.Namespace) -> None:
+def ablate_command(arguments: argparse.Namespace) -> None:
     """Runs what is missing of a grid and writes its tables and curves into the output folder.
 
     Stopped at any moment, the same command goes on: finished runs are kept, an unfinished one resumes.

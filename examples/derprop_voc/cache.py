@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .augment import to_input
-from .config import Config, ConfigError
+from .config import Config
 from .data import SegmentationDataset, check_image
+from .errors import ConfigError
 from .files import write_json
 from .frozen import FrozenNetwork
 from .progress import make_bar

@@ -12,8 +12,8 @@ from torch import nn
 
 from dlprop import MomentumAverager
 
-from .config import ONLY_FOR, Config, ConfigError, add_config_arguments, hints, make_config, values_from_arguments
-from .files import CheckpointError
+from .config import ONLY_FOR, Config, add_config_arguments, hints, make_config, values_from_arguments
+from .errors import CheckpointError, ConfigError
 from .frozen import make_network
 from .state import check_state, read_checkpoint
 

@@ -32,8 +32,9 @@ from .choice import (
     make_device,
     with_propagation,
 )
-from .config import ConfigError, make_config
+from .config import make_config
 from .data import SegmentationDataset, check_mask, find_places, read_list, read_mask
+from .errors import ConfigError, DataError
 from .evaluate import confusion, gain, mean_iou, outputs
 from .files import versions, write_bytes, write_json, write_yaml
 from .model import Output
@@ -41,7 +42,7 @@ from .pooled import Pooled, pooled_propagation, shares, tau_of
 from .progress import make_bar
 from .rectification import adjusted
 from .scoring import add_data_arguments, data_overrides
-from .sources import DataError, Item, find_source
+from .sources import Item, find_source
 
 P, CONTROL = "P", "logit adjustment"
 ERRORS = 2  # standard errors that a gain over the control takes
@@ -309,7 +310,7 @@ def add_choose_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @torch.no_grad()
-def choose(arguments: argparse.Namespace) -> None:
+def choose_command(arguments: argparse.Namespace) -> None:
     """Scores all settings, prints and writes the table, and writes the chosen one as a file for `--config`."""
     device = make_device(arguments.accelerator, arguments.threads)
     paths = checkpoint_files(arguments, best=False)

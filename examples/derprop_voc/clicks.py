@@ -288,7 +288,7 @@ def add_clicks_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @torch.no_grad()
-def clicks(arguments: argparse.Namespace) -> None:
+def clicks_command(arguments: argparse.Namespace) -> None:
     """Chooses, measures, and writes JSON and a table; goes on where an interrupted call has stopped."""
     runs, path, result = begin(arguments, "clicks", images=arguments.images)
     if "chosen" not in result:

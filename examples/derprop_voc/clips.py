@@ -24,8 +24,8 @@ from dlprop.affinity import Discriminant
 from .choice import Finished
 from .clicks import trained_layer
 from .complete import CERTAIN
-from .config import ConfigError
 from .data import VOID, Item, check_mask, find_places, load_data, read_list, read_mask
+from .errors import ConfigError
 from .evaluate import make_metric
 from .files import write_bytes, write_json
 from .image_features import standardised
@@ -273,7 +273,7 @@ def add_clips_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @torch.no_grad()
-def clips(arguments: argparse.Namespace) -> None:
+def clips_command(arguments: argparse.Namespace) -> None:
     """Chooses, measures, and writes JSON and a table; goes on where an interrupted call has stopped."""
     runs, path, result = begin(arguments, "clips", choose_on=arguments.choose_on, second=arguments.second)
     if "chosen" not in result:

@@ -18,13 +18,13 @@ from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Discriminant, Softmax
 
 from .choice import add_machine_arguments
-from .config import ConfigError
 from .data import VOID, check_mask, read_image, read_mask
+from .errors import ConfigError, DataError
 from .image_features import add_features_arguments, make_describe, mask_of
 from .panels import class_colours
 from .predict_folder import draw_legend, list_images, overlay, palette_image, write_png
 from .progress import make_bar
-from .sources import DataError, Item
+from .sources import Item
 
 # Softmaxes of one-hot labels times this, or less this, are 1 and 0.
 CERTAIN = 30.0

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from .errors import ConfigError
+
 Variant = Literal["supervised", "no_propagation", "no_derivative_loss", "no_momentum", "full"]
 
 # The first option of each group of `--help`.
@@ -41,10 +43,6 @@ ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("temperature", "adjust", ("temperature",)),
     ("prior_momentum", "adjust", ("prior", "alignment")),
 )
-
-
-class ConfigError(ValueError):
-    """An option that is unknown, of the wrong type or out of range."""
 
 
 def option(default: Any, text: str, *, low: float | None = None, high: float | None = None) -> Any:

@@ -22,7 +22,8 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 from .config import Config
-from .sources import HIGHEST_LABEL_ID, TRAIN_IDS, VOID, DataError, Item, Source, find_source, folder_item, read_lines
+from .errors import DataError
+from .sources import HIGHEST_LABEL_ID, TRAIN_IDS, VOID, Item, Source, find_source, folder_item, read_lines
 
 # How a whole file ends. One that ends in another way is decoded to find out: bytes after the end are allowed.
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}

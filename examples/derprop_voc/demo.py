@@ -63,7 +63,7 @@ def demo_configs(out: Path, *, seed: int, threads: int, steps: int) -> dict[str,
     return {name: make_config(shared | options | {"out": str(out / name)}) for name, (_, options) in RUNS.items()}
 
 
-def demo(arguments: argparse.Namespace) -> None:
+def demo_command(arguments: argparse.Namespace) -> None:
     """Writes scenes, trains every run on them, clicks on the validation scenes, prints the table and draws."""
     start = time.perf_counter()
     out: Path = arguments.out

@@ -241,7 +241,7 @@ def add_edges_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @torch.no_grad()
-def edges(arguments: argparse.Namespace) -> None:
+def edges_command(arguments: argparse.Namespace) -> None:
     """Chooses, measures, and writes JSON and tables; goes on after the last data set of an interrupted call."""
     runs, path, result = begin(arguments, "edges")
     if "choice" not in result:

@@ -6,26 +6,22 @@ import os
 import platform
 import zipfile
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchmetrics
-import torchvision
 import yaml
 
 import dlprop
 
+from .errors import CheckpointError
+
 
 def versions() -> dict[str, str]:
     """What every result says it was made with."""
-    libraries = {module.__name__: module.__version__ for module in (torch, torchvision, torchmetrics, timm, dlprop)}
-    return {"python": platform.python_version()} | libraries
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written, or that does not belong to this run."""
+    installed = {name: metadata.version(name) for name in ("torchvision", "torchmetrics", "timm")}  # slow to import
+    return {"python": platform.python_version(), "torch": torch.__version__, "dlprop": dlprop.__version__} | installed
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation
 
-from .config import Config, ConfigError
+from .config import Config
+from .errors import ConfigError
 from .model import DILATED, Output, SegmentationNetwork, StrideError, image_moments, stage_strides, timm_body
 
 HIGHEST_STRIDE = 16

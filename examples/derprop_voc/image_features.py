@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from .augment import to_input
 from .choice import add_network_argument, checkpoint_files, load_finished, make_device
-from .config import Config, ConfigError
+from .config import Config
 from .data import VOID, read_image
+from .errors import ConfigError, DataError
 from .frozen import FrozenNetwork
-from .sources import DataError
 
 # An image (1, 3, H, W) in [0, 1] -> features (1, D, h, w) and, with a network, logits (1, C, h', w').
 Describe = Callable[[Tensor], tuple[Tensor, Tensor | None]]

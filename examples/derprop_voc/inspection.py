@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 
 from .cache import grid_of_features
-from .config import config_from_arguments
+from .config import add_config_arguments, config_from_arguments
 from .data import Data, check_image, find_places, load_data, read_mask
 from .sources import VOID, Item, find_source
 from .split import checksum
@@ -25,6 +25,11 @@ class Labels:
     def shares(self) -> np.ndarray:
         """Percent of all pixels, void included."""
         return 100 * self.pixels / self.pixels.sum()
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `inspect`: those of `train`."""
+    add_config_arguments(parser)
 
 
 def inspect_command(arguments: argparse.Namespace) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from .cache import CachedFeatures, cache_place, fill_cache, read_cache
 from .choice import Finished, add_machine_arguments, load_finished, make_device
-from .config import ConfigError
 from .data import Item, load_data
+from .errors import ConfigError
 from .files import versions
 from .frozen import FrozenNetwork
 

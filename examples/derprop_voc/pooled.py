@@ -13,10 +13,11 @@ from dlprop import DerivativeLabelPropagation
 from dlprop.statistics import ClassStatistics
 
 from .choice import Finished
-from .config import Config, ConfigError
+from .config import Config
 from .data import read_image
+from .errors import CheckpointError, ConfigError
 from .evaluate import Adjust, outputs
-from .files import CheckpointError, read_tensors, write_checkpoint
+from .files import read_tensors, write_checkpoint
 from .losses import make_propagation
 from .progress import make_bar
 from .rectification import adjusted

@@ -26,15 +26,16 @@ from .choice import (
     propagation_options,
     with_propagation,
 )
-from .config import Config, ConfigError
+from .config import Config
 from .data import check_image, read_image, read_list
+from .errors import ConfigError, DataError
 from .evaluate import OUTPUTS, predict
 from .figures import FRAME, INK, new_figure, write_figure
 from .files import write_bytes
 from .panels import class_colours
 from .pooled import Images, key_of, pool_for, pooled_propagation, tau_of, write_statistics
 from .progress import make_bar
-from .sources import IMAGE_SUFFIXES, DataError, find_source
+from .sources import IMAGE_SUFFIXES, find_source
 
 # A centre crop covers a part of the image only, so it is no way to make a mask.
 MODES = ("original", "sliding_window")

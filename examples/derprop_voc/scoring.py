@@ -20,8 +20,9 @@ from .choice import (
     propagation_options,
     with_propagation,
 )
-from .config import CLASSIFIERS, Config, ConfigError, hints, make_config
+from .config import CLASSIFIERS, Config, hints, make_config
 from .data import Data, SegmentationDataset, load_data
+from .errors import ConfigError
 from .evaluate import evaluate
 from .files import versions, write_json
 from .pooled import Images, key_of, pool_for, pooled_propagation, tau_of, write_statistics
@@ -63,7 +64,7 @@ def data_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in DATA_OPTIONS if getattr(arguments, name) is not None}
 
 
-def score(arguments: argparse.Namespace) -> None:
+def evaluate_command(arguments: argparse.Namespace) -> None:
     """Scores the chosen checkpoints, prints the table and writes the JSON."""
     device = make_device(arguments.accelerator, arguments.threads)
     paths = checkpoint_files(arguments, best=True)

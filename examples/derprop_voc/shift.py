@@ -21,8 +21,9 @@ from dlprop.affinity import Discriminant
 from dlprop.statistics import ClassStatistics
 
 from .choice import Finished
-from .config import ConfigError, read_yaml
+from .config import read_yaml
 from .data import VOID, check_mask, find_places, read_list, read_mask
+from .errors import ConfigError, DataError
 from .evaluate import confusion, mean_iou
 from .files import write_bytes, write_json
 from .measuring import Images, add_measuring_arguments, begin, images_of, run_name
@@ -30,7 +31,7 @@ from .model import Output
 from .pooled import shares
 from .progress import make_bar
 from .rectification import adjusted
-from .sources import DataError, find_source
+from .sources import find_source
 
 GROUPS = (1, 4, 16, 0)  # images; 0: all
 
@@ -204,7 +205,7 @@ def add_shift_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @torch.no_grad()
-def shift(arguments: argparse.Namespace) -> None:
+def shift_command(arguments: argparse.Namespace) -> None:
     """Measures, and writes JSON and a table; goes on after the last run of an interrupted call."""
     for name, low in (("images", 0), ("tau", 0), ("shrinkage", 0)):
         if not getattr(arguments, name) >= low:

@@ -25,8 +25,8 @@ from .choice import (
     load_finished,
     make_device,
 )
-from .config import ConfigError
 from .data import read_image
+from .errors import ConfigError
 from .figures import FRAME, INK, new_figure, write_figure
 from .losses import Objective
 from .panels import class_colours

@@ -16,7 +16,8 @@ from PIL import Image
 from torchvision import datasets
 from tqdm import tqdm
 
-from .config import Config, ConfigError
+from .config import Config
+from .errors import ConfigError, DataError
 from .files import write_bytes
 from .scenes import voc_palette
 
@@ -35,14 +36,6 @@ TRAIN_IDS = np.full(256, VOID, np.uint8)  # Cityscapes' label id -> train id
 TRAIN_IDS[[entry.id for entry in TRAIN_CLASSES]] = [entry.train_id for entry in TRAIN_CLASSES]
 HIGHEST_LABEL_ID = max(entry.id for entry in datasets.Cityscapes.classes)
 CITY_IMAGE, CITY_LABELS, CITY_TRAIN_LABELS = "_leftImg8bit", "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the message names the file, what was expected and what was found, in one line."""
-
-    def __str__(self) -> str:
-        # A loader's worker process hands over its whole traceback as the message; the error is its end.
-        return super().__str__().rpartition("DataError: ")[2].rstrip()
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ import hashlib
 from pathlib import Path
 from typing import get_args
 
-from .config import ConfigError, hints, make_config
+from .config import hints, make_config
 from .data import check_mask
+from .errors import ConfigError, DataError
 from .files import write_bytes
-from .sources import IMAGE_SUFFIXES, VOID, DataError, Item, Source, find_source, read_lines
+from .sources import IMAGE_SUFFIXES, VOID, Item, Source, find_source, read_lines
 
 LISTS = ("labeled.txt", "unlabeled.txt", "val.txt")
 Lines = dict[Path, tuple[Item, str]]  # image -> its item and the text of its line

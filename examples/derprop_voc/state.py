@@ -12,10 +12,11 @@ from torch import Tensor
 
 from dlprop import MomentumAverager
 
-from .config import Config, ConfigError
+from .config import Config
 from .data import Data, digest
 from .distributed import gathered, rank, world_size
-from .files import CheckpointError, read_tensors
+from .errors import CheckpointError, ConfigError
+from .files import read_tensors
 from .frozen import Network, make_network
 from .losses import AdaptiveThreshold
 from .rectification import Rectification

@@ -37,7 +37,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add_machine_arguments(parser)
 
 
-def sweep(arguments: argparse.Namespace) -> None:
+def sweep_command(arguments: argparse.Namespace) -> None:
     """Scores one network with every setting of a grid, prints the table and writes the JSON."""
     device = make_device(arguments.accelerator, arguments.threads)
     paths = checkpoint_files(arguments, best=False)

@@ -1,5 +1,6 @@
 """One DerProp run, Eq. 1-8: data in; checkpoints, a log, pictures and a JSON of results out."""
 
+import argparse
 import math
 import os
 import time
@@ -17,9 +18,10 @@ from torch.utils.data import DataLoader
 
 from .augment import Augment, AugmentFeatures, cutmix, cutmix_boxes
 from .cache import CachedFeatures, cache_place, feature_maps, fill_cache, read_cache
-from .config import Config, ConfigError
+from .config import Config, add_config_arguments, config_from_arguments
 from .data import VOID, Data, SeededBatches, SegmentationDataset, collate, load_data, read_image
 from .distributed import gathered, global_mean, highest, rank, share, total, world_size
+from .errors import ConfigError, DivergedError
 from .evaluate import evaluate
 from .files import versions, write_checkpoint, write_json, write_yaml
 from .frozen import FrozenNetwork
@@ -36,10 +38,6 @@ from .state import State, check_resumable, make_state, read_checkpoint, restore
 LOG_EVERY = 10
 QUALITY_EVERY = 5  # steps; to score every step would take a quarter of a run on frozen features
 Batch = dict[str, Any]
-
-
-class DivergedError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the batch's images."""
 
 
 @dataclass(frozen=True)
@@ -462,3 +460,25 @@ class Trainer:
         return value.to(
             self.fabric.device, memory_format=torch.channels_last if channels_last else torch.preserve_format
         )
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `train`."""
+    add_config_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from latest.pt of the run folder, if there is one")
+
+
+def train_command(arguments: argparse.Namespace) -> None:
+    """Trains one variant and prints its scores."""
+    results = run(config_from_arguments(arguments), resume=arguments.resume)
+    if rank():
+        return
+    for network, scores in results["last"].items():
+        if scores:
+            p, propagated = (100 * scores[key]["miou"] for key in ("prediction", "propagated"))
+            print(f"{network:9} network: mIoU of P {p:.2f}, of P~ {propagated:.2f}")
+    config, steps = results["config"], results["steps"]
+    if results["last"]["averaged"] and config["average_every"] == "epoch" and steps["run"] <= steps["epoch"]:
+        print("The averaged network is the trained one: Eq. 6 acts once an epoch, and this run has one (average_every)")
+    out = config["out"]
+    print(f"{results['seconds']['train']:.0f} s of training; results, pictures and checkpoints are in {out}")

@@ -22,15 +22,15 @@ from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Softmax
 
 from .choice import add_machine_arguments
-from .config import ConfigError
 from .data import VOID, check_image, check_mask, read_image, read_list, read_mask
+from .errors import ConfigError, DataError
 from .evaluate import make_metric, summarise
 from .files import write_json
 from .image_features import add_features_arguments, make_describe, mask_of
 from .panels import class_colours
 from .predict_folder import draw_legend, list_images, overlay, palette_image, root_of, write_png
 from .progress import make_bar
-from .sources import DataError, Item
+from .sources import Item
 
 Labels = Literal["confident", "hard", "soft"]
 # Features (1, D, h, w) of a frame, and logits (1, C, h', w') of a network or None.
@@ -249,7 +249,7 @@ def add_carrying_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @torch.no_grad()
-def video(arguments: argparse.Namespace) -> None:
+def video_command(arguments: argparse.Namespace) -> None:
     """Carries the labels through a clip, and says what was written and, where there is truth, how good it is."""
     if not 0 <= arguments.alpha <= 1:
         raise ConfigError(f"alpha: expected 0 to 1, got {arguments.alpha}")

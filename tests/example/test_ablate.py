@@ -11,8 +11,9 @@ from examples.derprop_voc import ablate as ablate_module
 from examples.derprop_voc import tables
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.ablate import is_done, make_jobs, read_grid, read_results, run_all
-from examples.derprop_voc.config import ConfigError, make_config
+from examples.derprop_voc.config import make_config
 from examples.derprop_voc.demo import CONFIGS
+from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.scenes import write_scenes
 from examples.derprop_voc.tables import add_differences, details, draw_quality, markdown
 from tests.example.options import TINY, flags

@@ -12,8 +12,9 @@ from PIL import Image
 from examples.derprop_voc import cache
 from examples.derprop_voc.augment import to_input
 from examples.derprop_voc.cache import cache_place, fill_cache, read_cache
-from examples.derprop_voc.config import ConfigError, make_config
+from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import load_data, read_image
+from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.frozen import FrozenNetwork, make_network
 from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
 from tests.example.frozen_runs import CHANNELS, FROZEN, counted

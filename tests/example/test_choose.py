@@ -12,9 +12,9 @@ from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.choice import load_finished
 from examples.derprop_voc.choose import CONTROL, P, Setting, choose_setting, config_of, make_settings, markdown
 from examples.derprop_voc.config import make_config, read_yaml
+from examples.derprop_voc.errors import DataError
 from examples.derprop_voc.evaluate import confusion, gain, mean_iou
 from examples.derprop_voc.scenes import write_scenes
-from examples.derprop_voc.sources import DataError
 from examples.derprop_voc.train import run
 from tests.example.options import TINY
 

@@ -4,8 +4,9 @@ import pytest
 import yaml
 
 from examples.derprop_voc.__main__ import main
-from examples.derprop_voc.config import Config, ConfigError, make_config, read_yaml
+from examples.derprop_voc.config import Config, make_config, read_yaml
 from examples.derprop_voc.demo import CONFIGS
+from examples.derprop_voc.errors import ConfigError
 from tests.example.frozen_runs import FROZEN
 from tests.example.options import TINY, flags
 

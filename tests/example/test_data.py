@@ -10,8 +10,9 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from examples.derprop_voc.config import ConfigError, make_config
-from examples.derprop_voc.data import DataError, SegmentationDataset, load_data, read_image, read_list, read_mask
+from examples.derprop_voc.config import make_config
+from examples.derprop_voc.data import SegmentationDataset, load_data, read_image, read_list, read_mask
+from examples.derprop_voc.errors import ConfigError, DataError
 from examples.derprop_voc.sources import VOC_CLASSES, find_source
 from tests.example.data_sets import (
     CITY_CLASSES,

@@ -15,8 +15,9 @@ from PIL import Image
 
 from examples.derprop_voc import distributed, losses, train
 from examples.derprop_voc.__main__ import BAD_INPUT, main
-from examples.derprop_voc.config import ConfigError, make_config
+from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import Data
+from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.losses import AdaptiveThreshold, Objective
 from examples.derprop_voc.model import Output
 from examples.derprop_voc.scenes import write_scenes
@@ -58,6 +59,7 @@ from examples.derprop_voc import losses, train
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.distributed import rank
+from examples.derprop_voc.errors import DivergedError
 
 train.LOG_EVERY = 1
 Figure.savefig = lambda self, file, **options: None
@@ -79,7 +81,7 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
     losses.Objective.labeled, train.Trainer._check_finite = diverging, stopping
     try:
         results = train.run(make_config(job["config"]), resume=job.get("resume", False), progress=False)
-    except (InterruptedError, train.DivergedError) as error:
+    except (InterruptedError, DivergedError) as error:
         results = {"error": str(error)}
     Path(sys.argv[2], f"{job['name']}.{rank()}.json").write_text(json.dumps(results))
 """

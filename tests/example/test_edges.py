@@ -13,7 +13,7 @@ from examples.derprop_voc import edges as command
 from examples.derprop_voc.boundaries import BANDS, compared, count, inner_distance, scores_of
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import VOID
-from examples.derprop_voc.edges import ALSO, FAMILIES, START, Sample, add_edges_arguments, edges
+from examples.derprop_voc.edges import ALSO, FAMILIES, START, Sample, add_edges_arguments, edges_command
 from examples.derprop_voc.refinement import Refinement, local_deviation
 from examples.derprop_voc.scenes import write_scenes
 from examples.derprop_voc.train import run
@@ -171,7 +171,7 @@ def test_the_command_writes_tables_and_goes_on(tmp_path, monkeypatch):
     parser = argparse.ArgumentParser()
     add_edges_arguments(parser)
     arguments = parser.parse_args(["--runs", *folders, "--out", str(tmp_path / "out"), "--threads", "1"])
-    edges(arguments)
+    edges_command(arguments)
     found = json.loads((tmp_path / "out" / "edges.json").read_text())
     assert found["choice"]["images"] == 4
     assert list(found["choice"]["chosen"]) == [name for name in FAMILIES if name != "dense CRF"]
@@ -189,6 +189,6 @@ def test_the_command_writes_tables_and_goes_on(tmp_path, monkeypatch):
     # Again: nothing is measured, the table is the same.
     table = (tmp_path / "out" / "edges.md").read_text()
     monkeypatch.setattr(command, "measure", None)
-    edges(arguments)
+    edges_command(arguments)
     assert (tmp_path / "out" / "edges.md").read_text() == table
     assert table.count("\n| window of colours | ") == 2  # of the data set and of the cost

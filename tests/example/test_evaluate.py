@@ -11,7 +11,7 @@ from dlprop.affinity import Ridge
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.choice import add_source_arguments, checkpoint_files
 from examples.derprop_voc.config import make_config
-from examples.derprop_voc.files import CheckpointError
+from examples.derprop_voc.errors import CheckpointError
 from examples.derprop_voc.losses import make_propagation
 from examples.derprop_voc.panels import class_colours
 from examples.derprop_voc.predict_folder import list_images

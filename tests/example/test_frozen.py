@@ -10,7 +10,8 @@ from PIL import Image
 
 from examples.derprop_voc import train
 from examples.derprop_voc.__main__ import DONE, main
-from examples.derprop_voc.config import ConfigError, make_config
+from examples.derprop_voc.config import make_config
+from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.frozen import make_network
 from examples.derprop_voc.model import SegmentationNetwork
 from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from examples.derprop_voc.config import ConfigError, make_config
+from examples.derprop_voc.config import make_config
+from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.model import SegmentationNetwork
 
 TIMM = {"backbone": "timm/resnet10t", "timm_stages": [1, 3], "decoder_channels": 8, "feature_channels": 8}

@@ -6,12 +6,12 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 
 from examples.derprop_voc import train
-from examples.derprop_voc.config import ConfigError
 from examples.derprop_voc.data import SeededBatches, load_data
+from examples.derprop_voc.errors import ConfigError, DivergedError
 from examples.derprop_voc.losses import Objective
 from examples.derprop_voc.scenes import CLASS_NAMES
 from examples.derprop_voc.state import make_state
-from examples.derprop_voc.train import DivergedError, Trainer, run
+from examples.derprop_voc.train import Trainer, run
 from tests.example.runs import EPOCH, Stopped, assert_same, assert_same_run, make_scenes, read, stop_at, tiny
 
 

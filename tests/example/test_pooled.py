@@ -14,9 +14,9 @@ from dlprop.affinity import Discriminant, Ridge
 from dlprop.statistics import ClassStatistics
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.choice import load_finished, with_propagation
-from examples.derprop_voc.config import ConfigError, make_config
+from examples.derprop_voc.config import make_config
+from examples.derprop_voc.errors import CheckpointError, ConfigError
 from examples.derprop_voc.evaluate import probabilities
-from examples.derprop_voc.files import CheckpointError
 from examples.derprop_voc.pooled import (
     Images,
     Pooled,

@@ -8,8 +8,9 @@ import torch
 from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Discriminant
 from dlprop.statistics import ClassStatistics
-from examples.derprop_voc.config import ConfigError, make_config
+from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import VOID
+from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.losses import make_propagation
 from examples.derprop_voc.model import Output
 from examples.derprop_voc.quality import PseudoLabelQuality

@@ -16,10 +16,9 @@ import yaml
 
 from examples.derprop_voc import train
 from examples.derprop_voc.__main__ import BAD_INPUT, DONE, main
-from examples.derprop_voc.config import ConfigError
 from examples.derprop_voc.data import load_data
+from examples.derprop_voc.errors import CheckpointError, ConfigError
 from examples.derprop_voc.evaluate import OUTPUTS
-from examples.derprop_voc.files import CheckpointError
 from examples.derprop_voc.scenes import CLASS_NAMES
 from examples.derprop_voc.state import check_resumable
 from examples.derprop_voc.train import run

@@ -11,7 +11,8 @@ from dlprop.affinity import Discriminant
 from examples.derprop_voc import shift as command
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.choice import load_finished
-from examples.derprop_voc.config import ConfigError, make_config, read_yaml
+from examples.derprop_voc.config import make_config, read_yaml
+from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
 from examples.derprop_voc.shift import ClassMap, find_images, forward, groups_of, make_map, markdown, measure
 from examples.derprop_voc.train import run

@@ -11,20 +11,16 @@ from PIL import Image
 from examples.derprop_voc import demo
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.choice import load_finished
-from examples.derprop_voc.config import ConfigError, make_config
-from examples.derprop_voc.data import (
-    DataError,
-    SeededBatches,
-    load_data,
-    read_list,
-)
+from examples.derprop_voc.config import make_config
+from examples.derprop_voc.data import SeededBatches, load_data, read_list
 from examples.derprop_voc.demo import RUNS, demo_configs
+from examples.derprop_voc.errors import ConfigError, DataError, DivergedError
 from examples.derprop_voc.evaluate import make_metric, summarise
 from examples.derprop_voc.files import write_bytes, write_json
 from examples.derprop_voc.model import SegmentationNetwork
 from examples.derprop_voc.quality import PseudoLabelQuality
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
-from examples.derprop_voc.train import DivergedError, run
+from examples.derprop_voc.train import run
 from tests.example.options import TINY, flags
 
 VARIANTS = ("supervised", "no_propagation", "no_derivative_loss", "no_momentum", "full")

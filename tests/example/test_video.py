@@ -13,12 +13,12 @@ from PIL import Image
 
 from examples.derprop_voc import clips as clips_file
 from examples.derprop_voc.choice import load_finished
-from examples.derprop_voc.clips import Pieces, add_clips_arguments, clips, make_clip
-from examples.derprop_voc.config import ConfigError, make_config
-from examples.derprop_voc.data import DataError
+from examples.derprop_voc.clips import Pieces, add_clips_arguments, clips_command, make_clip
+from examples.derprop_voc.config import make_config
+from examples.derprop_voc.errors import ConfigError, DataError
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
 from examples.derprop_voc.train import run
-from examples.derprop_voc.video import Carrying, Memory, add_video_arguments, carry, find_frames, video
+from examples.derprop_voc.video import Carrying, Memory, add_video_arguments, carry, find_frames, video_command
 from tests.example.test_frozen import FROZEN
 
 GRID, SIZE, D, C = (3, 4), (6, 8), 5, 3
@@ -259,7 +259,7 @@ def test_the_command_carries_labels_through_a_folder(clip, tmp_path, capsys):
         "--last",
         "1",
     )
-    command(add_video_arguments, video, *flags, "--out", tmp_path, *backbone(clip))
+    command(add_video_arguments, video_command, *flags, "--out", tmp_path, *backbone(clip))
     names = {path.name for path in tmp_path.iterdir()}
     pictures = {f"{number}_{kind}.png" for number in range(5) for kind in ("mask", "overlay")}
     assert names == pictures | {"legend.png", "scores.json"}
@@ -275,7 +275,7 @@ def test_the_command_carries_labels_through_a_folder(clip, tmp_path, capsys):
     assert f"{100 * scores['frames']['3']:.1f} at frame 1" in said
     assert "note" not in said
     enlarged = tmp_path / "enlarged"
-    command(add_video_arguments, video, *flags, "--out", enlarged, "--enlarge", "2", *backbone(clip))
+    command(add_video_arguments, video_command, *flags, "--out", enlarged, "--enlarge", "2", *backbone(clip))
     finer = json.loads((enlarged / "scores.json").read_text())  # the same features on a grid of 4
     assert finer["miou"] > scores["miou"] + 0.02
 
@@ -286,7 +286,7 @@ def test_masks_for_scores_may_hold_classes_that_no_given_frame_has(clip, tmp_pat
     truth[:4, :4] = truth[truth != 255].max() + 2
     Image.fromarray(truth).save(tmp_path / "masks" / "3.png")
     flags = ("--frames", clip / "frames", "--masks", tmp_path / "masks", "--out", tmp_path / "out", *backbone(clip))
-    command(add_video_arguments, video, *flags)
+    command(add_video_arguments, video_command, *flags)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["iou"][str(truth[0, 0])] == 0
 
@@ -296,7 +296,7 @@ def test_without_truth_there_are_no_scores(clip, tmp_path, capsys):
     blank = np.zeros_like(np.array(Image.open(clip / "masks" / "0.png")))
     Image.fromarray(blank).save(tmp_path / "masks" / "0.png")
     flags = ("--frames", clip / "frames", "--masks", tmp_path / "masks", "--out", tmp_path / "out")
-    command(add_video_arguments, video, *flags, *backbone(clip))
+    command(add_video_arguments, video_command, *flags, *backbone(clip))
     assert not (tmp_path / "out" / "scores.json").exists()
     said = capsys.readouterr().out
     assert "mIoU" not in said
@@ -317,7 +317,7 @@ def test_without_truth_there_are_no_scores(clip, tmp_path, capsys):
 def test_the_command_says_what_is_wrong(clip, tmp_path, flags, error, text):
     given = ("--frames", clip / "frames", "--masks", clip / "masks", "--out", tmp_path / "out", *backbone(clip))
     with pytest.raises(error, match=text):
-        command(add_video_arguments, video, *given, *flags)
+        command(add_video_arguments, video_command, *given, *flags)
     assert not (tmp_path / "out").exists()
 
 
@@ -357,14 +357,14 @@ def test_the_table_is_measured_and_goes_on_where_it_stopped(tmp_path, monkeypatc
     masks = tmp_path / "data" / "SegmentationClass"
     flags = ("--runs", *folders, "--second", "2", "--out", tmp_path / "out", "--threads", "1")
     with pytest.raises(ConfigError, match="choose_on: expected the start of names"):
-        command(add_clips_arguments, clips, *flags, "--choose-on", "nothing")
+        command(add_clips_arguments, clips_command, *flags, "--choose-on", "nothing")
     with pytest.raises(ConfigError, match="choose_on: expected pieces of 3 frames with some that"):
-        command(add_clips_arguments, clips, *flags, "--choose-on", labeled)
+        command(add_clips_arguments, clips_command, *flags, "--choose-on", labeled)
     with pytest.raises(DataError, match="expected the mask of unl"):
-        command(add_clips_arguments, clips, *flags, "--choose-on", prefix)
+        command(add_clips_arguments, clips_command, *flags, "--choose-on", prefix)
     for name in names[1].split():
         shutil.copy(masks / f"{names[0].split()[0]}.png", masks / f"{name}.png")
-    command(add_clips_arguments, clips, *flags, "--choose-on", prefix)
+    command(add_clips_arguments, clips_command, *flags, "--choose-on", prefix)
     result = json.loads((tmp_path / "out" / "clips.json").read_text())
     first, second = (result["figures"][f"run_{seed}"] for seed in (0, 1))
     # What needs no network is measured once.
@@ -389,6 +389,6 @@ def test_the_table_is_measured_and_goes_on_where_it_stopped(tmp_path, monkeypatc
     assert len(scored) == 2
     monkeypatch.setattr(clips_file, "measure", lambda *_: pytest.fail("measured again"))
     capsys.readouterr()
-    command(add_clips_arguments, clips, *flags, "--choose-on", prefix)
+    command(add_clips_arguments, clips_command, *flags, "--choose-on", prefix)
     assert capsys.readouterr().out.strip() == table.strip()
     assert tuple(first["network alone"]["iou"]) == CLASS_NAMES

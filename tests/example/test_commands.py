@@ -1,0 +1,34 @@
+"""The command line as a whole: what it lists, and that listing it takes no time."""
+
+import subprocess
+import sys
+
+import pytest
+
+from examples.derprop_voc.__main__ import COMMANDS, main
+
+
+def test_help_lists_every_command_and_imports_no_torch():
+    call = "import sys; from examples.derprop_voc.__main__ import main\n"
+    call += "try: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert all(f" {name} {text} " in said for name, (_, text) in COMMANDS.items())
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main([name, "--help"])
+    assert exited.value.code == 0
+    assert COMMANDS[name][1] in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "--nonsense"]])
+def test_what_is_no_command_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    assert exited.value.code == 2
+    assert "error:" in capsys.readouterr().err
