@@ -269,7 +269,7 @@ TILED = {
         "_add_product(grad_rows",
         ANCHORS,
     ),
-    "log-sum-exp factor": ("(earlier - top).exp_() for", "torch.ones_like(top) for", ["softmax gradients"]),
+    "log-sum-exp factor": ("exp_(earlier - top) for", "torch.ones_like(top) for", ["softmax gradients"]),
     "sums not rescaled": ("x * factor for x", "x for x", ["softmax gradients"]),
     "log-sum-exp without its largest": (
         "(top + total.log())[:, 0]\n        carried",
@@ -292,14 +292,14 @@ TILED = {
         ["softmax", "softmax gradients"],
     ),
     "a block of targets missing": (
-        "for i in _blocks(M, chunk, keys):\n            rows",
-        "for i in _blocks(M, chunk, keys)[1:]:\n            rows",
+        "for i in _blocks(M, chunk, keys):\n            yield n, i, [(j, tile(",
+        "for i in _blocks(M, chunk, keys)[1:]:\n            yield n, i, [(j, tile(",
         ["attention", "attention gradients"],
     ),
     "bias forgotten": ("out += bias[n, j]", "pass", ["softmax gradients", "attention gradients", "counts"]),
     "largest entry of one tile": (
-        "torch.maximum(top, P.amax(dim=1, keepdim=True))\n            P.sub_(highest)",
-        "P.amax(dim=1, keepdim=True)\n            P.sub_(highest)",
+        "torch.maximum(top, P.amax(dim=1, keepdim=True))\n            exp_(P.sub_(highest)",
+        "P.amax(dim=1, keepdim=True)\n            exp_(P.sub_(highest)",
         ["attention gradients"],
     ),
     "sum of earlier tiles not rescaled": ("total * factor + P.sum", "total + P.sum", ["attention gradients"]),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .compared import Compared, Gradients, Needed
+from .exponentials import exponential
 from .residuals import residuals_of
 
 # On CPUs the residual tile should stay in the second-level caches between the products that fill it and the two that
@@ -96,17 +97,17 @@ def softmax_affinity(logits: Tensor, compared: Compared, chunk: int | None) -> t
     """
     queries, keys, _ = compared
     out = logits.new_zeros(len(keys), logits.shape[2], keys.shape[1])  # few channels: pixels along memory
-    lse = queries.new_empty(queries.shape[:2])
+    lse, exp_ = queries.new_empty(queries.shape[:2]), exponential(compared)
     for n, i, tiles in _chunks(queries, keys, chunk):
         top = queries.new_full((i.stop - i.start, 1), -torch.inf)
         sums, tops = [], []
         for j, P in tiles:
             _similarities(compared, n, i, j, P)
             top = torch.maximum(top, P.amax(dim=1, keepdim=True))
-            P.sub_(top).exp_()
+            exp_(P.sub_(top))
             sums.append(P.sum(dim=1, keepdim=True))
             tops.append(top)
-        factors = [(earlier - top).exp_() for earlier in tops]
+        factors = [exp_(earlier - top) for earlier in tops]
         total = torch.stack([x * factor for x, factor in zip(sums, factors, strict=True)]).sum(dim=0)
         lse[n, i] = (top + total.log())[:, 0]
         carried = logits[n, i] / total
@@ -122,11 +123,11 @@ def softmax_affinity_backward(
 
     The row sum `sum_j P_ij dP_ij` of the softmax's gradient is `l_i . (P grad)_i`, the gradient of the logits.
     """
-    grad_logits, gradients = torch.zeros_like(logits), compared.zeros(needed)
+    grad_logits, gradients, exp_ = torch.zeros_like(logits), compared.zeros(needed), exponential(compared)
     for n, i, tiles in _chunks(compared.queries, compared.keys, chunk):
         for j, P in tiles:
             _similarities(compared, n, i, j, P)
-            P.sub_(lse[n, i, None]).exp_()
+            exp_(P.sub_(lse[n, i, None]))
             grad_logits[n, i].addmm_(P, grad[n, j])
         if not any(needed):
             continue
@@ -145,7 +146,7 @@ def attention(logits: Tensor, compared: Compared, chunk: int | None) -> tuple[Te
     """
     queries, keys, bias = compared
     out = logits.new_zeros(len(queries), logits.shape[2], queries.shape[1])  # few channels: pixels along memory
-    lse = queries.new_empty(queries.shape[:2])
+    lse, exp_ = queries.new_empty(queries.shape[:2]), exponential(compared)
     # A row of nothing but -inf is an infinity of the features and shows, unless there is no key to hear.
     nothing = queries.new_full((len(queries),), torch.nan)
     if bias is not None:
@@ -156,8 +157,8 @@ def attention(logits: Tensor, compared: Compared, chunk: int | None) -> tuple[Te
         for j, P in tiles:
             _similarities(compared, n, i, j, P)
             highest = torch.maximum(top, P.amax(dim=1, keepdim=True))
-            P.sub_(highest).exp_()
-            factor = (top - highest).exp_()
+            exp_(P.sub_(highest))
+            factor = exp_(top - highest)
             total = total * factor + P.sum(dim=1, keepdim=True)
             out[n, :, i].mul_(factor.T).addmm_(logits[n, j].T, P.T)
             top = highest
@@ -171,12 +172,12 @@ def attention_backward(
     grad: Tensor, logits: Tensor, compared: Compared, out: Tensor, lse: Tensor, chunk: int | None, needed: Needed
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `attention`, each tile recomputed from the log-sum-exp; `sum_j P_ij dP_ij` is `grad_i . out_i`."""
-    grad_logits, gradients = torch.zeros_like(logits), compared.zeros(needed)
+    grad_logits, gradients, exp_ = torch.zeros_like(logits), compared.zeros(needed), exponential(compared)
     row_sums = (grad * out).sum(dim=2, keepdim=True)
     for n, i, tiles in _tiles(compared.queries, compared.keys, chunk):
         for j, P in tiles:
             _similarities(compared, n, i, j, P)
-            P.sub_(lse[n, i, None]).exp_()
+            exp_(P.sub_(lse[n, i, None]))
             grad_logits[n, j].addmm_(P.T, grad[n, i])
             if any(needed):
                 grad_S = P.mul_((grad[n, i] @ logits[n, j].T).sub_(row_sums[n, i]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .compared import Compared, Needed
+from .exponentials import exp_
 
 # Bytes that the similarities of a band, its logits or its features may take: on CPUs what stays in cache.
 CPU_BAND_BYTES, DEVICE_BAND_BYTES = 512 << 10, 256 << 20
@@ -37,7 +38,7 @@ def window_affinity(logits: Tensor, compared: Compared, offsets: Sequence[int]) 
         if bias is not None:
             is_alone = _highest(bias[n], rows, neighbours) == -torch.inf
             top = torch.where(is_alone, 0, top)
-        P = S.sub_(top).exp_()
+        P = exp_(S.sub_(top))
         total = P.sum(dim=0)
         if bias is not None:
             total = torch.where(is_alone, 1, total)
@@ -62,7 +63,7 @@ def window_affinity_backward(
     grad_logits, gradients = torch.zeros_like(logits, memory_format=torch.contiguous_format), compared.zeros(needed)
     for n, rows, neighbours in _bands(logits, queries, offsets):
         S = _similarities(compared, n, rows, neighbours)
-        P = S.sub_(lse[n, :, rows]).exp_()
+        P = exp_(S.sub_(lse[n, :, rows]))
         for share, (inside, at, source) in zip(P, neighbours, strict=True):
             grad_logits[n][source].addcmul_(grad[n][at], share[inside])
         if not any(needed):

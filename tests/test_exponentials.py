@@ -1,0 +1,53 @@
+"""Shares that underflow are 0, and the plain exponential is taken where none can."""
+
+import pytest
+import torch
+
+from dlprop import DerivativeLabelPropagation
+from dlprop._kernels.compared import Compared
+from dlprop._kernels.exponentials import LOWEST, exp_, exponential
+from dlprop.affinity import Softmax
+from tests.tolerances import assert_close
+
+DTYPES = pytest.mark.parametrize("dtype", LOWEST)
+
+
+@DTYPES
+def test_small_shares_are_zero_and_others_as_they_are(dtype):
+    lowest = LOWEST[dtype]
+    kept = torch.tensor([0.0, -1.0, lowest / 2, lowest + 0.1], dtype=dtype)
+    gone = torch.tensor([lowest - 0.1, 1.5 * lowest, 100 * lowest, -torch.inf], dtype=dtype)
+    assert torch.equal(exp_(kept.clone()), kept.exp())
+    assert (exp_(gone) == 0).all()
+    assert exp_(torch.tensor([torch.nan], dtype=dtype)).isnan().all()
+    # One vector is not one number: every length has a tail of its own.
+    assert all((exp_(torch.full((n,), 2 * lowest, dtype=dtype)) == 0).all() for n in range(1, 70))
+
+
+@DTYPES
+def test_what_cannot_underflow_is_not_looked_at_twice(dtype):
+    units = torch.eye(3, dtype=dtype)[None]
+    far = -LOWEST[dtype] / 2
+    bias = torch.zeros(1, 3, dtype=dtype)
+    assert exponential(Compared(0.99 * far * units, units)) == torch.Tensor.exp_
+    assert exponential(Compared(1.01 * far * units, units)) == exp_
+    assert exponential(Compared(units, units, bias)) == torch.Tensor.exp_
+    for last in (2 * far, -2 * far, -torch.inf, torch.nan):
+        assert exponential(Compared(units, units, torch.tensor([[0.0, 0.0, last]], dtype=dtype))) == exp_
+    assert exponential(Compared(units * torch.nan, units)) == exp_
+    assert exponential(Compared(units, units[:, :2])) == exp_  # looking would cost more than it saves
+
+
+@pytest.mark.parametrize("options", [{"over": "targets"}, {"over": "sources"}, {"over": "sources", "radius": 2}])
+@pytest.mark.parametrize("D", [2, 40])
+def test_sharp_kernels_are_right(options, D):
+    """Most shares underflow, and some do not."""
+    affinity = Softmax(similarity="gaussian", normalize=None, weights=(300.0,), **options)
+    feats, logits = torch.rand(1, D, 5, 6) / D**0.5, torch.randn(1, 3, 5, 6)
+    found, expected = [], []
+    for values, dtype in ((found, torch.float32), (expected, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (logits, feats)]
+        out = DerivativeLabelPropagation(affinity)(*leaves)
+        values += [out, *torch.autograd.grad(out.square().sum(), leaves)]
+    for x, y in zip(found, expected, strict=True):
+        assert_close(x, y.detach(), "gradient", slack=3e-4 * max(1, y.abs().max().item()))  # similarities are 300
