@@ -322,9 +322,10 @@ def test_transforms(form, resolution):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["discriminant", pytest.param("ridge", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@forms
 def test_compiles_whole_and_trains(form):
-    """And what was prepared without a graph serves with one."""
+    """Through autograd, too, at any size; and what was prepared without a graph serves with one."""
     options = {"statistics": stored()} if form == "discriminant" else {"balance": 1.0}
     module = DerivativeLabelPropagation(FORMS[form](**options), resolution="logits")
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
