@@ -5,6 +5,7 @@ be written (one line says which), 3 the loss diverged, 130 interrupted, 141 the 
 """
 
 import argparse
+import difflib
 import errno
 import os
 import sys
@@ -38,6 +39,12 @@ COMMANDS = {
 }
 
 
+def _unrecognized(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """The message, with the flag that the first may have been meant to be."""
+    close = difflib.get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, n=1)
+    return f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {close[0]}?" if close else "")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -49,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = import_module(f".{file}", __package__)
             getattr(module, f"add_{name}_arguments")(subparser)
             subparser.set_defaults(run_command=getattr(module, f"{name}_command"))
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices[arguments.command].error(_unrecognized(unknown, commands.choices[arguments.command]))
     try:
         arguments.run_command(arguments)
         sys.stdout.flush()

@@ -155,7 +155,7 @@ def complete_command(arguments: argparse.Namespace) -> None:
     items, labelled = zip(*(check_sparse(path, mask_of(arguments.labels, path.stem)) for path in images), strict=True)
     names, device, describe = make_describe(arguments, max(labelled), arguments.labels)
     completion = Completion(sharpness=arguments.sharpness, position=arguments.position, steps=arguments.steps)
-    colours = np.round(255 * class_colours(len(names))).astype(np.uint8)
+    colours = np.round(255 * class_colours(names)).astype(np.uint8)
     with make_bar(len(items), "complete", progress=True) as bar:
         for item in items:
             labels = torch.from_numpy(read_mask(item)).to(device)

@@ -379,6 +379,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def add_config_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
     """Adds `--config` and one flag for every option of `Config`, or for those of a finished run that `names` lists."""
     parser.add_argument("--config", nargs="+", default=[], metavar="YAML", type=Path, help="option files; later win")
+    if not names:
+        parser.usage = "%(prog)s [options]"  # all of them would fill a screen before an error
     group: argparse._ArgumentGroup | argparse.ArgumentParser = parser
     for item in fields(Config):
         if item.name in GROUPS:

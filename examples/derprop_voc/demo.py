@@ -119,7 +119,7 @@ def with_clicks(finished: Finished, *, seed: int) -> tuple[dict[str, float], lis
     val = SegmentationDataset(load_data(finished.config).val, labeled=True, stored_mask=True)
     metrics = {title: make_metric(len(finished.class_names)) for title in ("P", "corrected")}
     shown = {round((k + 0.5) * len(val) / PICTURES - 0.5) for k in range(PICTURES)}
-    colours = np.round(255 * class_colours(len(finished.class_names))).astype(np.uint8)
+    colours = np.round(255 * class_colours(finished.class_names)).astype(np.uint8)
     rows = []
     for index in range(len(val)):
         image, truth = val[index]["image"].as_subclass(Tensor), val[index]["mask"].as_subclass(Tensor)

@@ -42,8 +42,23 @@ def inspect_command(arguments: argparse.Namespace) -> None:
     both = {item.image for item in data.labeled} & {item.image for item in data.unlabeled}
     if both:
         print(f"note: {len(both)} labelled images are in the unlabelled list, too")
+    if config.image_size:
+        print(shape_warning(data, config.image_size), end="")
     if config.cache_features:
         grid_of_features(config, [*data.labeled, *data.unlabeled, *data.val])
+
+
+def shape_warning(data: Data, image_size: Sequence[int]) -> str:
+    """A line, if resizing to (height, width) changes the shape of most images by more than a quarter."""
+    sizes = [check_image(item.image) for item in (*data.labeled, *data.unlabeled, *data.val)]
+    wanted, stored = image_size[1] / image_size[0], median(width / height for width, height in sizes)
+    if max(wanted / stored, stored / wanted) <= 1.25:
+        return ""
+    height, width = image_size
+    return (
+        f"warning: image_size {height} {width} (height, width) makes images {wanted:.2f} times as wide as high, "
+        f"and they are {stored:.2f} times; is {width} {height} meant?\n"
+    )
 
 
 def size_table(data: Data) -> str:

@@ -20,13 +20,15 @@ from .figures import FRAME, INK, new_figure, write_figure
 VOID_COLOUR = (1.0, 1.0, 1.0)
 
 
-def class_colours(count: int) -> np.ndarray:
-    """(count, 3) floats: a dark neutral for class 0, then tab20 with its strong colours first."""
+def class_colours(class_names: Sequence[str]) -> np.ndarray:
+    """(C, 3) floats: tab20 with its strong colours first; before them a dark neutral for a first class "background"."""
+    neutral = [(0.17, 0.19, 0.23)] if class_names[0] == "background" else []
+    count = len(class_names) - len(neutral)
     strong_first = [*range(0, 20, 2), *range(1, 20, 2)]
     table = np.array([colormaps["tab20"](index)[:3] for index in strong_first])
-    if count - 1 > len(table):
-        table = colormaps["gist_ncar"](np.linspace(0.03, 0.97, count - 1))[:, :3]
-    return np.vstack([[(0.17, 0.19, 0.23)], table])[:count]
+    if count > len(table):
+        table = colormaps["gist_ncar"](np.linspace(0.1, 0.97, count))[:, :3]
+    return np.vstack([*neutral, table[:count]])
 
 
 def prediction_rows(
@@ -69,7 +71,7 @@ def draw_panel(
         notes: column title -> a second line under it.
     """
     columns = list(rows[0])
-    colours = class_colours(len(class_names))
+    colours = class_colours(class_names)
     lookup = np.ones((VOID + 1, 3))
     lookup[: len(colours)] = colours
     height, width = rows[0][columns[0]].shape[:2]

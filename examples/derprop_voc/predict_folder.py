@@ -166,7 +166,7 @@ def predict_folder(
         alpha: opacity of an overlay's colours.
         progress: show progress.
     """
-    colours = np.round(255 * class_colours(len(class_names))).astype(np.uint8)
+    colours = np.round(255 * class_colours(class_names)).astype(np.uint8)
     with make_bar(len(images), "predict", progress=progress) as bar:
         for path in images:
             image = read_image(path).as_subclass(Tensor)
@@ -210,7 +210,7 @@ def draw_legend(path: Path, class_names: Sequence[str]) -> None:
                 linewidth=0.6,
                 label=str(index).rjust(3, FIGURE_SPACE) + (f"  {name}" if name != str(index) else ""),
             )
-            for index, (name, colour) in enumerate(zip(class_names, class_colours(len(class_names)), strict=True))
+            for index, (name, colour) in enumerate(zip(class_names, class_colours(class_names), strict=True))
         ],
         loc="center",
         ncols=columns,

@@ -133,7 +133,7 @@ def draw_similarity_maps(
     titles |= {"S": _sum_title(affinity.weights), "softmax": "softmax of the sum"}
     if held_down is not None:
         titles[f"S_{held_down}"] += ", held down by $L_{Der}$"
-    colours = class_colours(len(class_names))
+    colours = class_colours(class_names)
     figure, axes = _grid(2 + len(maps), width / height)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axes[0].imshow(image.permute(1, 2, 0).cpu().numpy(), extent=extent)

@@ -214,6 +214,10 @@ def _folder(config: Config) -> Source:
         raise ConfigError("download: belongs to dataset voc, got dataset folder, which has no source to fetch from")
     if not root.is_dir():
         raise DataError(f"{root}: expected a folder in VOC layout (option data), found none")
+    if not (root / "JPEGImages").is_dir() and not lists_folder(root).is_dir():
+        raise DataError(
+            f"{root}: expected VOC layout, images in JPEGImages and masks in SegmentationClass, found neither"
+        )
     path = root / "classes.txt"
     names = tuple(path.read_text(encoding="utf-8").rstrip().splitlines()) if path.is_file() else ()
     return Source(root, folder_item, lists_folder(root) / "train.txt", lists_folder(root) / "val.txt", names)

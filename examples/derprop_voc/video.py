@@ -277,7 +277,7 @@ def video_command(arguments: argparse.Namespace) -> None:
     names, device, describe = make_describe(arguments, highest, arguments.masks or arguments.frames, of_backbone=True)
     given = {numbers[name]: torch.from_numpy(read_mask(items[numbers[name]])).to(device) for name in chosen}
     colours = np.full((VOID + 1, 3), 255, np.uint8)  # void is white; a shorter palette would make PNG cut its id
-    colours[: len(names)] = np.round(255 * class_colours(len(names)))
+    colours[: len(names)] = np.round(255 * class_colours(names))
     ids = dict(given)
     start = time.perf_counter()
     with make_bar(len(items) - len(given), "video", progress=True) as bar:

@@ -26,9 +26,20 @@ def test_every_command_has_help(name, capsys):
     assert COMMANDS[name][1] in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "--nonsense"]])
-def test_what_is_no_command_is_refused(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: command"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "--varient", "full"], "unrecognized arguments: --varient full; did you mean --variant?"),
+        (["train", "--stepps=3"], "unrecognized arguments: --stepps=3; did you mean --steps?"),
+        (["train", "--qqq"], "unrecognized arguments: --qqq\n"),
+    ],
+)
+def test_what_is_no_command_or_option_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as exited:
         main(arguments)
+    said = capsys.readouterr().err
     assert exited.value.code == 2
-    assert "error:" in capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") <= 3

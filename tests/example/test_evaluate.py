@@ -120,7 +120,7 @@ def test_a_list_names_images_as_a_folder_does(finished, scenes, tmp_path):
 @pytest.mark.slow
 def test_masks_are_palette_pngs_and_overlays_blend(finished, scenes, tmp_path):
     images, truth = validation(scenes, tmp_path)
-    colours = np.round(255 * class_colours(len(CLASS_NAMES))).astype(int)
+    colours = np.round(255 * class_colours(CLASS_NAMES)).astype(int)
     for alpha in (0, 0.25, 1):
         out = tmp_path / str(alpha)
         command = ["predict", "--run", str(finished), "--images", str(images), "--out", str(out), "--alpha", str(alpha)]

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from examples.derprop_voc.__main__ import PIPE_CLOSED
 from examples.derprop_voc.split import checksum
 from tests.example.data_sets import command, make_cityscapes, mask, picture
@@ -47,6 +49,18 @@ def test_inspect_without_an_unlabelled_list(folder, capsys):
     code, stdout, _ = command(capsys, *arguments)
     assert code == 0
     assert "unlabeled        0                       -                       -\n" in stdout
+
+
+@pytest.mark.parametrize(("size", "swapped"), [((6, 8), False), ((12, 17), False), ((8, 6), True)])
+def test_height_and_width_that_may_be_swapped(folder, capsys, size, swapped):
+    arguments = ("inspect", "--data", folder, "--partition", "half", "--image-size", *size)
+    code, stdout, _ = command(capsys, *arguments)
+    assert code == 0
+    expected = (
+        "warning: image_size 8 6 (height, width) makes images 0.75 times as wide as high, and they are 1.33 times; "
+    )
+    assert (expected + "is 6 8 meant?\n" in stdout) == swapped
+    assert ("warning: image_size" in stdout) == swapped
 
 
 def test_a_partition_without_validation_images_says_how_to_get_some(folder, capsys):

@@ -204,14 +204,18 @@ def test_similarity_command(checkpoint, tmp_path, capsys):
 # --- legend and curves -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("first", ["class 0", "background"])
 @pytest.mark.parametrize("count", [1, 6, 40])
-def test_legend_has_every_class_in_its_colour(tmp_path, count):
-    names = [f"class {index}" for index in range(count)]
+def test_legend_has_every_class_in_its_colour(tmp_path, count, first):
+    names = [first, *(f"class {index}" for index in range(1, count))]
+    brightness = class_colours(names).mean(1)
+    assert len(brightness) == count
+    assert (brightness[0] < 0.25) == (first == "background")  # a dark road in an overlay looks like no label
     path = tmp_path / "legend.png"
     draw_legend(path, names)
     pixels = np.array(Image.open(path).convert("RGB")).reshape(-1, 3)
     found = set(map(tuple, pixels.tolist()))
-    for colour in np.round(255 * class_colours(count)).astype(int):
+    for colour in np.round(255 * class_colours(names)).astype(int):
         assert tuple(colour.tolist()) in found
     edge = np.array(Image.open(path).convert("RGB"))
     assert all((line == 255).all() for line in (edge[0], edge[-1], edge[:, 0], edge[:, -1]))  # nothing is cut off

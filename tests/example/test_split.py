@@ -122,11 +122,13 @@ def test_split_of_cityscapes_writes_lines_as_they_are_published(tmp_path, capsys
         (("--from", "half"), r"val: expected at least 1, got 0"),
         (
             ("--labeled", 5, "--val", 2),
-            r"\S+train\.txt: expected at least 7 images with masks to draw from, found 6 among 6",
+            r"\S+train\.txt: expected at least 7 images with masks \(such as \S+SegmentationClass/a\.png\) to draw "
+            r"from, found 6 among 6",
         ),
         (
             ("--from", "half", "--val", 4),
-            r"\S+half/unlabeled\.txt: expected at least 4 images with masks to draw from, found 3 among 3",
+            r"\S+half/unlabeled\.txt: expected at least 4 images with masks \(such as \S+\) to draw from, "
+            r"found 3 among 3",
         ),
         (
             ("--labeled", 1, "--list", "none.txt"),
@@ -155,7 +157,14 @@ def test_images_without_a_mask_are_unlabelled(folder, capsys):
     assert read_split(lists / "held")[2] == masked[2:]
     (folder / "SegmentationClass" / f"{masked[2]}.png").unlink()
     code, _, stderr = command(capsys, "split", "--data", folder, "--labeled", 2, "--val", 1, "--out", "other")
-    assert (code, "expected at least 3 images with masks to draw from, found 2 among 6" in stderr) == (2, True)
+    assert (code, "to draw from, found 2 among 6" in stderr) == (2, True)
+
+
+def test_a_folder_of_another_layout(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    code, _, stderr = command(capsys, "split", "--data", tmp_path, "--labeled", 1, "--out", "new")
+    assert code == 2
+    assert "expected VOC layout, images in JPEGImages and masks in SegmentationClass, found neither" in stderr
 
 
 def test_a_folder_without_a_list_is_drawn_from_as_a_whole(folder, capsys):
