@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (file, text) in COMMANDS.items():
         subparser = commands.add_parser(name, help=text, description=text)
-        if [name] == [*argv[:1]]:
+        if argv and name == argv[0]:
             module = import_module(f".{file}", __package__)
             getattr(module, f"add_{name}_arguments")(subparser)
             subparser.set_defaults(run_command=getattr(module, f"{name}_command"))
