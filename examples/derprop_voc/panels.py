@@ -22,7 +22,7 @@ VOID_COLOUR = (1.0, 1.0, 1.0)
 
 def class_colours(class_names: Sequence[str]) -> np.ndarray:
     """(C, 3) floats: tab20 with its strong colours first; before them a dark neutral for a first class "background"."""
-    neutral = [(0.17, 0.19, 0.23)] if class_names[0] == "background" else []
+    neutral = [(0.17, 0.19, 0.23)] if [*class_names[:1]] == ["background"] else []
     count = len(class_names) - len(neutral)
     strong_first = [*range(0, 20, 2), *range(1, 20, 2)]
     table = np.array([colormaps["tab20"](index)[:3] for index in strong_first])

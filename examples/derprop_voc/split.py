@@ -143,9 +143,9 @@ def _draw(place: Path, lines: Lines, count: int, seed: int) -> list[tuple[Path, 
     """The first images with masks in the order of the seed."""
     masked = {image: line for image, line in lines.items() if line[0].mask.is_file()}
     if len(masked) < count:
-        some = next(iter(lines.values()))[0].mask
+        such = "".join(f" (such as {item.mask})" for item, _ in [*lines.values()][:1])
         raise DataError(
-            f"{place}: expected at least {count} images with masks (such as {some}) to draw from, "
+            f"{place}: expected at least {count} images with masks{such} to draw from, "
             f"found {len(masked)} among {len(lines)}"
         )
     return _ordered(masked, seed)[:count]

@@ -160,6 +160,13 @@ def test_images_without_a_mask_are_unlabelled(folder, capsys):
     assert (code, "to draw from, found 2 among 6" in stderr) == (2, True)
 
 
+def test_nothing_is_left_to_hold_out(folder, capsys):
+    lists = folder / "ImageSets" / "Segmentation" / "half"
+    (lists / "unlabeled.txt").write_text((lists / "labeled.txt").read_text())
+    code, _, stderr = command(capsys, "split", "--data", folder, "--from", "half", "--val", 1, "--out", "new")
+    assert (code, "at least 1 images with masks to draw from, found 0 among 0" in stderr) == (2, True)
+
+
 def test_a_folder_of_another_layout(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     code, _, stderr = command(capsys, "split", "--data", tmp_path, "--labeled", 1, "--out", "new")
