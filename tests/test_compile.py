@@ -245,7 +245,11 @@ def test_square_images_do_not_recompile_either(name):
     assert compilations.frame_count <= 2
 
 
-@quick(["propagation", "propagation softmax full resolution", "loss label grid"], "loss label grid")
+@quick(
+    ["propagation", "propagation softmax full resolution", "loss label grid"],
+    "loss label grid",
+    exhaustive={"propagation softmax full resolution"},
+)
 def test_compiles_once_where_everything_is_dynamic(name):
     # Then the numbers among the options (weights, eta, chunk_size) are symbols too.
     function, arguments = CASES[name]
@@ -352,6 +356,7 @@ def _has_cpp_compiler():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # a minute of a C++ compiler; the others stop at the graphs that inductor is given
 @pytest.mark.skipif(not _has_cpp_compiler(), reason="inductor needs a C++ compiler")
 def test_inductor():
     """Both kinds of ops between code that inductor writes, with gradients; every file it writes takes seconds."""
