@@ -1,5 +1,6 @@
 """Shares that underflow are 0, and the plain exponential is taken where none can."""
 
+import math
 import time
 
 import pytest
@@ -20,6 +21,7 @@ def test_small_shares_are_zero_and_others_as_they_are(dtype):
     kept = torch.tensor([0.0, -1.0, lowest / 2, lowest + 0.1], dtype=dtype)
     gone = torch.tensor([lowest - 0.1, 1.5 * lowest, 100 * lowest, -torch.inf], dtype=dtype)
     assert torch.equal(exp_(kept.clone()), kept.exp())
+    assert math.exp(lowest) > torch.finfo(dtype).tiny > math.exp(lowest - 1)
     assert (exp_(gone) == 0).all()
     assert exp_(torch.tensor([torch.nan], dtype=dtype)).isnan().all()
     # One vector is not one number: every length has a tail of its own.
@@ -29,12 +31,12 @@ def test_small_shares_are_zero_and_others_as_they_are(dtype):
 @DTYPES
 def test_what_cannot_underflow_is_not_looked_at_twice(dtype):
     units = torch.eye(3, dtype=dtype)[None]
-    far = -LOWEST[dtype] / 2
+    far = -LOWEST[dtype] / 3  # the bound is 2 |q| |k|, and may take two thirds
     bias = torch.zeros(1, 3, dtype=dtype)
     assert exponential(Compared(0.99 * far * units, units)) == torch.Tensor.exp_
     assert exponential(Compared(1.01 * far * units, units)) == exp_
     assert exponential(Compared(units, units, bias)) == torch.Tensor.exp_
-    for last in (2 * far, -2 * far, -torch.inf, torch.nan):
+    for last in (3 * far, -3 * far, -torch.inf, torch.nan):
         assert exponential(Compared(units, units, torch.tensor([[0.0, 0.0, last]], dtype=dtype))) == exp_
     assert exponential(Compared(units * torch.nan, units)) == exp_
     assert exponential(Compared(units, units[:, :2])) == exp_  # looking would cost more than it saves
@@ -56,6 +58,22 @@ def test_sharp_kernels_are_right(options, D):
         values += [out, *torch.autograd.grad(out.square().sum(), leaves)]
     for x, y in zip(found, expected, strict=True):
         assert_close(x, y.detach(), "gradient", slack=3e-4 * max(1, y.abs().max().item()))  # similarities are 300
+
+
+@pytest.mark.parametrize("M", [1, 600])
+def test_a_target_that_hears_little_hears_it_right(M):
+    """Over the targets nothing large stands beside a small share: it is all that a target gets, and its arg max."""
+    # Every source is near the first target and far from the second.
+    logits = torch.randn(1, 3, M)
+    sources = torch.tensor([[[1.0], [0.0]]]).expand(1, 2, M)
+    targets = torch.tensor([[[75.0, 0.0], [0.0, 1.0]]])
+    propagate = DerivativeLabelPropagation(Softmax(weights=(1.0,), normalize=None))
+    out = propagate(logits, sources, targets)
+    expected = (
+        torch.tensor([75.0, 0.0], dtype=torch.float64).softmax(0) * logits.double().sum(2, keepdim=True)
+    ).squeeze()
+    for found, wanted in zip(out[0].T, expected.T, strict=True):
+        assert_close(found / wanted.abs().max(), wanted / wanted.abs().max(), "propagation", slack=2e-5)
 
 
 @OVER

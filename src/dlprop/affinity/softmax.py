@@ -33,8 +33,8 @@ class Softmax(Orders):
       labels may stand for the logits, and stay what they are.
 
     The larger the weights, the fewer pixels a softmax chooses. With `similarity="cosine"` and weights that sum to 20 a
-    pixel at an angle of 60 degrees counts e^10 times less than an equal one. On CPUs shares below e^-60 of the largest
-    are 0 (float64: e^-600), so that the sharpest kernels take no longer than mild ones.
+    pixel at an angle of 60 degrees counts e^10 times less than an equal one. On CPUs shares below e^-87 of the largest
+    are 0 (float64: e^-708), so that the sharpest kernels take no longer than mild ones.
 
     Args:
         weights: of the orders, as in `Linear`; for "gaussian" `1 / sigma^2` each, at least 0.
