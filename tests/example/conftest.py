@@ -1,13 +1,18 @@
 """What all tests of the example share."""
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
-from examples.derprop_voc.scenes import write_scenes
+from examples.derprop_voc.config import make_config
+from examples.derprop_voc.frozen import make_network
+from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
 from tests.example.data_sets import make_voc, mask, picture, write_list
 from tests.example.finished import make_finished
+from tests.example.frozen_runs import FROZEN
 
 SAVE_FIGURE = Figure.savefig
+SCENES = {"labeled": 4, "unlabeled": 6, "val": 3}
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -45,11 +50,18 @@ def folder(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    """The smallest data; many files have their own."""
+def scenes(request, tmp_path_factory):
+    """Generated scenes; `SCENES` of a module says how many of each list."""
     root = tmp_path_factory.mktemp("scenes")
-    write_scenes(root, labeled=2, unlabeled=2, val=3, size=(40, 48), seed=1)
+    write_scenes(root, **getattr(request.module, "SCENES", SCENES), size=(40, 48), seed=1)
     return root
+
+
+@pytest.fixture
+def network():
+    """A head on a frozen backbone."""
+    torch.manual_seed(0)
+    return make_network(make_config(FROZEN), len(CLASS_NAMES)).eval()
 
 
 @pytest.fixture(scope="module")

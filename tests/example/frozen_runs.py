@@ -3,11 +3,15 @@
 from examples.derprop_voc.frozen import FrozenNetwork
 from tests.example.options import TINY
 
-FROZEN = TINY | {
+# Its features computed at every look; and kept, with pseudo-labels that pass the threshold.
+UNCACHED = TINY | {
     "backbone": "timm/test_efficientnet",
     "timm_stages": [],
     "freeze_backbone": True,
     "weights": "random",
+    "threads": 1,
+}
+FROZEN = UNCACHED | {
     "cache_features": True,
     "feature_crop": [4, 5],
     "threshold": 0.2,
@@ -16,7 +20,6 @@ FROZEN = TINY | {
     "affinity": "discriminant",
     "steps": 5,
     "lr": 0.05,
-    "threads": 1,
 }
 CHANNELS = 24 + 32 + 48 + 64  # of stages 1 to 4
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from examples.derprop_voc.config import make_config
-from examples.derprop_voc.scenes import write_scenes
 from examples.derprop_voc.train import Trainer
 from tests.example.options import TINY as PLAIN
 
@@ -29,16 +28,11 @@ SETTINGS = {
     "running": DATA | {"adjust": "prior", "threshold": 0.1, "threshold_momentum": 0.99, "evaluate_every": 2},
 }
 EPOCH, STEPS = 3, 8
+SCENES = {"labeled": 5, "unlabeled": 6, "val": 2}
 
 
 class Stopped(Exception):  # noqa: N818, an interruption rather than an error
     pass
-
-
-def make_scenes(root):
-    """The data of these runs, in `root`."""
-    write_scenes(root, labeled=5, unlabeled=6, val=2, size=(40, 48), seed=1)
-    return root
 
 
 def tiny(scenes, out, **options):

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.example.runs import SETTINGS, TINY, assert_same_run, make_scenes
+from tests.example.runs import SCENES as SCENES
+from tests.example.runs import SETTINGS, TINY, assert_same_run
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("KILLS", 30))
@@ -30,11 +31,10 @@ def start(out, data):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def test_kill_9_at_random_moments_loses_nothing(seed, tmp_path):
-    data, moments = tmp_path / "scenes", random.Random(seed)
-    make_scenes(data)
+def test_kill_9_at_random_moments_loses_nothing(seed, scenes, tmp_path):
+    moments = random.Random(seed)
     begin = time.perf_counter()
-    _, errors = (process := start(tmp_path / "whole", data)).communicate()
+    _, errors = (process := start(tmp_path / "whole", scenes)).communicate()
     assert process.returncode == 0, errors
     duration = time.perf_counter() - begin
 
@@ -43,7 +43,7 @@ def test_kill_9_at_random_moments_loses_nothing(seed, tmp_path):
         rounds += 1
         out = tmp_path / f"killed_{rounds}"
         while True:
-            process = start(out, data)
+            process = start(out, scenes)
             try:
                 # At any moment between the start, whose first seconds are imports, and the end of a whole run.
                 _, errors = process.communicate(timeout=duration * moments.random())

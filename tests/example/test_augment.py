@@ -1,6 +1,5 @@
 """The example's augmentation: what a sample depends on, padding, geometry, CutMix."""
 
-import pytest
 import torch
 from torchvision import tv_tensors
 
@@ -11,16 +10,8 @@ from examples.derprop_voc.data import (
     collate,
     load_data,
 )
-from examples.derprop_voc.scenes import write_scenes
 from tests.example.frozen_runs import FROZEN
 from tests.example.options import TINY
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    write_scenes(root, labeled=3, unlabeled=4, val=2, size=(40, 48), seed=1)
-    return root
 
 
 def test_a_sample_depends_on_its_seed_and_leaves_the_random_state(scenes):

@@ -16,23 +16,9 @@ from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import load_data, read_image
 from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.frozen import FrozenNetwork, make_network
-from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
 from tests.example.frozen_runs import CHANNELS, FROZEN, counted
 
 HALF = 2**-11  # the relative error of float16
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    write_scenes(root, labeled=4, unlabeled=6, val=3, size=(40, 48), seed=1)
-    return root
-
-
-@pytest.fixture
-def network():
-    torch.manual_seed(0)
-    return make_network(make_config(FROZEN), len(CLASS_NAMES)).eval()
 
 
 @pytest.fixture

@@ -16,16 +16,8 @@ from examples.derprop_voc.errors import DataError
 from examples.derprop_voc.evaluate import confusion, gain, mean_iou
 from examples.derprop_voc.scenes import write_scenes
 from examples.derprop_voc.train import run
-from tests.example.options import TINY
+from tests.example.frozen_runs import UNCACHED
 
-FROZEN = TINY | {
-    "backbone": "timm/test_efficientnet",
-    "timm_stages": [],
-    "freeze_backbone": True,
-    "weights": "random",
-    "threads": 1,
-    "steps": 1,
-}
 SETTINGS = [
     Setting(P, {}),
     Setting(CONTROL, {"tau": 0.5}),
@@ -118,7 +110,10 @@ def finished(tmp_path_factory):
     """The data and a supervised run."""
     data, out = tmp_path_factory.mktemp("scenes"), tmp_path_factory.mktemp("run")
     write_scenes(data, labeled=2, unlabeled=2, val=3, size=(32, 40), seed=1)
-    run(make_config(FROZEN | {"data": str(data), "out": str(out), "variant": "supervised"}), progress=False)
+    run(
+        make_config(UNCACHED | {"data": str(data), "out": str(out), "variant": "supervised", "steps": 1}),
+        progress=False,
+    )
     return data, out
 
 

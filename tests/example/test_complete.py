@@ -17,9 +17,9 @@ from examples.derprop_voc.complete import Clicks, Completion, classify, dense_la
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import VOID, load_data
 from examples.derprop_voc.image_features import standardised
-from examples.derprop_voc.scenes import make_scene, write_scenes
+from examples.derprop_voc.scenes import make_scene
 from examples.derprop_voc.train import run
-from tests.example.test_frozen import FROZEN
+from tests.example.frozen_runs import FROZEN
 from tests.tolerances import assert_close
 
 
@@ -120,13 +120,6 @@ def test_drawn_labels_are_true_and_as_many_as_asked_for():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    write_scenes(root, labeled=4, unlabeled=6, val=3, size=(40, 48), seed=1)
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -17,17 +17,9 @@ from examples.derprop_voc.edges import ALSO, FAMILIES, START, Sample, add_edges_
 from examples.derprop_voc.refinement import Refinement, local_deviation
 from examples.derprop_voc.scenes import write_scenes
 from examples.derprop_voc.train import run
-from tests.example.options import TINY
+from tests.example.frozen_runs import UNCACHED
 
-FROZEN = TINY | {
-    "backbone": "timm/test_efficientnet",
-    "timm_stages": [],
-    "freeze_backbone": True,
-    "weights": "random",
-    "cache_features": True,
-    "feature_crop": [4, 5],
-    "threads": 1,
-}
+CACHED = UNCACHED | {"cache_features": True, "feature_crop": [4, 5], "variant": "supervised"}
 
 
 def literal_step(scores, image, offsets, sigma, position):
@@ -164,7 +156,7 @@ def test_the_command_writes_tables_and_goes_on(tmp_path, monkeypatch):
     folders = []
     for seed in range(2):
         out = tmp_path / f"run_{seed}"
-        run(make_config(FROZEN | {"data": str(scenes), "out": str(out), "variant": "supervised", "seed": seed}))
+        run(make_config(CACHED | {"data": str(scenes), "out": str(out), "seed": seed}))
         folders.append(str(out))
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     monkeypatch.setattr(command, "ALSO", {})

@@ -14,22 +14,9 @@ from examples.derprop_voc.config import make_config
 from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.frozen import make_network
 from examples.derprop_voc.model import SegmentationNetwork
-from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
+from examples.derprop_voc.scenes import CLASS_NAMES
 from examples.derprop_voc.train import Trainer, run
 from tests.example.frozen_runs import CHANNELS, FROZEN, counted
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    write_scenes(root, labeled=4, unlabeled=6, val=3, size=(40, 48), seed=1)
-    return root
-
-
-@pytest.fixture
-def network():
-    torch.manual_seed(0)
-    return make_network(make_config(FROZEN), len(CLASS_NAMES)).eval()
 
 
 def tiny(scenes, out, **options):

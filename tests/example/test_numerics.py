@@ -12,17 +12,13 @@ from examples.derprop_voc.losses import Objective
 from examples.derprop_voc.scenes import CLASS_NAMES
 from examples.derprop_voc.state import make_state
 from examples.derprop_voc.train import Trainer, run
-from tests.example.runs import EPOCH, Stopped, assert_same, assert_same_run, make_scenes, read, stop_at, tiny
+from tests.example.runs import EPOCH, Stopped, assert_same, assert_same_run, read, stop_at, tiny
+from tests.example.runs import SCENES as SCENES
 
 
 @pytest.fixture(autouse=True)
 def _log_every(monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 2)
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return make_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -30,11 +30,11 @@ from tests.example.runs import (
     Stopped,
     assert_same,
     assert_same_run,
-    make_scenes,
     read,
     stop_at,
     tiny,
 )
+from tests.example.runs import SCENES as SCENES
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,11 +42,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _log_every(monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 2)
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return make_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture(scope="module")

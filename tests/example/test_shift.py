@@ -16,7 +16,7 @@ from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.scenes import CLASS_NAMES, write_scenes
 from examples.derprop_voc.shift import ClassMap, find_images, forward, groups_of, make_map, markdown, measure
 from examples.derprop_voc.train import run
-from tests.example.test_choose import FROZEN
+from tests.example.frozen_runs import UNCACHED
 
 SOURCE, TARGET = ("road", "pole", "fence", "sky"), ("drivable", "object", "sky", "animal")
 VALUES = {
@@ -78,7 +78,10 @@ def trained(tmp_path_factory):
     """The data and a run."""
     data, out = tmp_path_factory.mktemp("scenes"), tmp_path_factory.mktemp("run")
     write_scenes(data, labeled=2, unlabeled=2, val=6, size=(32, 40), seed=1)
-    run(make_config(FROZEN | {"data": str(data), "out": str(out), "variant": "supervised"}), progress=False)
+    run(
+        make_config(UNCACHED | {"data": str(data), "out": str(out), "variant": "supervised", "steps": 1}),
+        progress=False,
+    )
     return data, out
 
 

@@ -24,14 +24,8 @@ from examples.derprop_voc.train import run
 from tests.example.options import TINY, flags
 
 VARIANTS = ("supervised", "no_propagation", "no_derivative_loss", "no_momentum", "full")
+SCENES = {"labeled": 3, "unlabeled": 4, "val": 2}
 FILES = {"config.yaml", "curves.png", "latest.pt", "log.jsonl", "panel.png", "results.json", "similarity.png"}
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    write_scenes(root, labeled=3, unlabeled=4, val=2, size=(40, 48), seed=1)
-    return root
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from examples.derprop_voc.errors import ConfigError, DataError
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
 from examples.derprop_voc.train import run
 from examples.derprop_voc.video import Carrying, Memory, add_video_arguments, carry, find_frames, video_command
-from tests.example.test_frozen import FROZEN
+from tests.example.frozen_runs import FROZEN
 
 GRID, SIZE, D, C = (3, 4), (6, 8), 5, 3
 
