@@ -4,7 +4,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 BIN := .venv/bin
 # Processes that share the tests, a file to each at a time; every one of them takes a gigabyte or two.
 WORKERS ?= 2
-# Python keeps what it compiled, whatever the caller's setting: without it every start takes three times as long.
+# Python keeps what it compiled, whatever the caller's setting: without it every start compiles torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all test-quick test-versions fuzz soak lint bench bench-full docs wheel-test release-check clean

@@ -1,7 +1,7 @@
 """`inspect`: what a data set and a partition hold, after the checks that training makes."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -12,6 +12,8 @@ from .config import add_config_arguments, config_from_arguments
 from .data import Data, check_image, find_places, load_data, read_mask
 from .sources import VOID, Item, find_source
 from .split import checksum
+
+Sizes = Mapping[str, Sequence[tuple[int, int]]]  # name of a list -> width and height of each image
 
 
 @dataclass(frozen=True)
@@ -38,36 +40,36 @@ def inspect_command(arguments: argparse.Namespace) -> None:
     data = load_data(config)
     places = find_places(config, find_source(config))
     print(f"partition  {places.labeled.parent}\nvalidation {places.val}\nsha256     {checksum(places.labeled.parent)}")
-    print(f"\n{size_table(data)}\n\n{label_table(data)}")
+    lists = {"labeled": data.labeled, "unlabeled": data.unlabeled, "val": data.val}
+    sizes = {name: [check_image(item.image) for item in items] for name, items in lists.items()}
+    print(f"\n{size_table(sizes)}\n\n{label_table(data)}")
     both = {item.image for item in data.labeled} & {item.image for item in data.unlabeled}
     if both:
         print(f"note: {len(both)} labelled images are in the unlabelled list, too")
     if config.image_size:
-        print(shape_warning(data, config.image_size), end="")
+        print(shape_warning(sizes, config.image_size), end="")
     if config.cache_features:
         grid_of_features(config, [*data.labeled, *data.unlabeled, *data.val])
 
 
-def shape_warning(data: Data, image_size: Sequence[int]) -> str:
+def shape_warning(sizes: Sizes, image_size: Sequence[int]) -> str:
     """A line, if resizing to (height, width) changes the shape of most images by more than a quarter."""
-    sizes = [check_image(item.image) for item in (*data.labeled, *data.unlabeled, *data.val)]
-    wanted, stored = image_size[1] / image_size[0], median(width / height for width, height in sizes)
+    height, width = image_size
+    wanted, stored = width / height, median(w / h for of_list in sizes.values() for w, h in of_list)
     if max(wanted / stored, stored / wanted) <= 1.25:
         return ""
-    height, width = image_size
     return (
         f"warning: image_size {height} {width} (height, width) makes images {wanted:.2f} times as wide as high, "
         f"and they are {stored:.2f} times; is {width} {height} meant?\n"
     )
 
 
-def size_table(data: Data) -> str:
+def size_table(sizes: Sizes) -> str:
     """Number and sizes of the images of each list."""
     lines = [f"{'list':10}{'images':>8}   {'width min/median/max':>21}   {'height min/median/max':>21}"]
-    for name, items in (("labeled", data.labeled), ("unlabeled", data.unlabeled), ("val", data.val)):
-        sizes = [check_image(item.image) for item in items]
-        width, height = (_range(edges) for edges in zip(*sizes, strict=True)) if sizes else ("-", "-")
-        lines.append(f"{name:10}{len(items):8}   {width:>21}   {height:>21}")
+    for name, of_list in sizes.items():
+        width, height = (_range(edges) for edges in zip(*of_list, strict=True)) if of_list else ("-", "-")
+        lines.append(f"{name:10}{len(of_list):8}   {width:>21}   {height:>21}")
     return "\n".join(lines)
 
 

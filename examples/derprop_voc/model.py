@@ -133,6 +133,7 @@ def timm_body(name: str, weights: str, stages: Sequence[int], output_stride: int
             pretrained=weights == "timm",
             **options,
         )
+    # What timm raises for stages, strides and names that a model does not have; it has no type of its own for these.
     except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
         strides = stage_strides(name)
         stride = f" at output stride {output_stride}" if output_stride else ""
