@@ -1,5 +1,6 @@
 """Hypothesis profiles, seeds and devices shared by all tests."""
 
+import gc
 import os
 
 # The tensors here are tiny: threads that wait for each other on shared cores cost ten times the arithmetic. This is for
@@ -19,7 +20,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 @pytest.fixture(autouse=True)
 def _seed_and_threads():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(
+        0
+    )  # torch.manual_seed also notes the call, with a traceback, for absent devices
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     torch.set_num_threads(1)  # every time: a command under test sets its own
 
 
@@ -27,6 +32,11 @@ def _seed_and_threads():
 def device(request):
     """Run the test on the CPU and, where there is one, on the GPU."""
     return torch.device(request.param)
+
+
+def pytest_collection_finish():
+    """Keep what is there before the first test out of the garbage collector, which would walk it again and again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -516,15 +516,16 @@ def test_all_sources_masked(form):
         mask[0] = False
         for resolution in ("feats", "logits"):
             module = DerivativeLabelPropagation(FORMS[form](), resolution=resolution)
-            compiled = torch.compile(lambda *x, m=module, **mask: m(*x, **mask), backend="eager", fullgraph=True)
             mapped = torch.func.vmap(lambda L, V, m, f=module: f(L[None], V[None], mask=m[None])[0])
             leaves = logits[:1].clone().requires_grad_(), feats[:1].clone().requires_grad_()
-            none = compiled(*leaves, mask=mask[:1])
-            eager = module(logits, feats, mask=mask)  # the other image has sources
-            for out in (eager, mapped(logits, feats, mask), none):
+            outs = [module(logits, feats, mask=mask), mapped(logits, feats, mask)]  # the other image has sources
+            if grid == (9, 7):
+                compiled = torch.compile(lambda *x, m=module, **mask: m(*x, **mask), backend="eager", fullgraph=True)
+                outs.append(compiled(*leaves, mask=mask[:1]))
+                for x in torch.autograd.grad(outs[-1][:, 0].sum(), leaves):
+                    assert not x.any()
+            for out in outs:
                 assert_close(out[0].detach(), np.full((3, *grid), -np.log(3)), "classifier")
-            for x in torch.autograd.grad(none[:, 0].sum(), leaves):
-                assert not x.any()
     both = propagate(form, logits, feats, mask=mask, across="batch")
     assert_close(both[1:], propagate(form, logits[1:], feats[1:], mask=mask[1:]).numpy(), "classifier")
     with pytest.raises(ValueError, match="at least one source"):

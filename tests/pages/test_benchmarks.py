@@ -26,7 +26,8 @@ def tiny(case):
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch, tmp_path):
-    """One round, no memory, nothing compiled, and nothing written outside a temporary folder."""
+    """One round, no memory, nothing compiled or collected, and nothing written outside a temporary folder."""
+    monkeypatch.setattr(runner.gc, "collect", lambda: 0)
     monkeypatch.setattr(measure, "EFFORTS", dict.fromkeys(("quick", "full"), measure.Effort(1, 1, 0.0)))
     monkeypatch.setattr(measure, "TURN", 1e-9)
     monkeypatch.setattr(measure, "can_measure_memory", lambda device: False)
