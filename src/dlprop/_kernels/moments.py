@@ -11,6 +11,8 @@ from .products import wants_plain_formula
 
 # Pixels that exist less their mean at a time: few enough for the cache, many enough to be a matrix product.
 PIXELS = 2048
+# Rows of the scatter at a time. It is symmetric: what is right of its diagonal blocks mirrors what is left of them.
+ROWS = 128
 
 
 class Statistics(NamedTuple):
@@ -103,6 +105,7 @@ class _Moments(Function):
         )
         mean = (sum(totals) / n).to(V.dtype)
         sums, second = counts.new_zeros(*weights.shape[:2], V.shape[1]), counts.new_zeros(V.shape[0], *2 * V.shape[1:2])
+        rows = [slice(i, min(i + ROWS, V.shape[1])) for i in range(0, V.shape[1], ROWS)]
         memory = V.new_empty(2, *V.shape[:2], min(PIXELS, V.shape[2]))  # fresh memory would cost as much as filling it
         for w, v in blocks:
             E, weighted = memory[..., : v.shape[2]]
@@ -110,7 +113,11 @@ class _Moments(Function):
             sums += w @ E.mT
             if not are_shares:
                 torch.mul(E, w.sum(dim=1, keepdim=True), out=weighted)
-            second += (E if are_shares else weighted) @ E.mT
+            F = E if are_shares else weighted
+            for at in rows:
+                second[:, at, : at.stop] += F[:, at] @ E[:, : at.stop].mT
+        for at in rows:
+            second[:, : at.start, at] = second[:, at, : at.start].mT
         gap = sums.sum(dim=1, keepdim=True) / n  # what rounding left of the mean
         second -= n * gap.mT * gap
         return Statistics(counts, sums + counts[:, :, None] * mean.mT, second)
