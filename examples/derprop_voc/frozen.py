@@ -85,8 +85,10 @@ class FrozenNetwork(nn.Module):
 
     def train(self, mode: bool = True) -> "FrozenNetwork":
         """Puts the head in training mode; the backbone stays in evaluation mode."""
-        super().train(mode)
-        self.backbone.eval()
+        self.training = mode
+        for name, part in self.named_children():
+            if name != "backbone":  # in evaluation mode from the start, and large to walk through in every step
+                part.train(mode)
         return self
 
     def backbone_features(self, images: Tensor) -> Tensor:
