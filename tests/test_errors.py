@@ -357,6 +357,18 @@ def test_propagation_tensors(tensors, keywords, error, parts, affinity):
         module.rectify(*tensors[:2], 0.5, *tensors[2:], **keywords)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 2, 3, 1)], ids=["transposed", "channels last"])
+def test_features_in_another_order_of_axes_are_warned_of(order):
+    """There is a result, of the wrong pixels."""
+    logits, labels, feats = torch.rand(1, 3, 48, 64), torch.ones(1, 48, 64).long(), torch.rand(1, 8, 12, 16)
+    parts = "48 x 64", "N, channels, H, W"
+    with pytest.warns(UserWarning, match=says("logits", *parts)):
+        DerivativeLabelPropagation()(logits, feats.permute(order))
+    with pytest.warns(UserWarning, match=says("target", *parts)):
+        DerivativeLoss()(feats.permute(order), labels)
+    torch.compile(DerivativeLoss(), backend="eager", fullgraph=True)(feats.permute(order), labels)
+
+
 @pytest.mark.parametrize("affinity", [Linear, Softmax, partial(Softmax, over="sources", similarity="gaussian")])
 @pytest.mark.parametrize(("scheme", "order"), [("forward", 5), ("sum", 7), ("central", 3), ("laplacian", 3)])
 def test_propagation_needs_more_channels_than_the_highest_order_takes(scheme, order, affinity):

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 from ._precision import autocast_enabled
+
+# Grids of one image differ in aspect ratio by what rounding their sides does to it, less than this from so many rows
+# and columns on.
+ASPECT, LARGE = 1.5, 8
 
 
 def integer(name: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:
@@ -138,6 +143,19 @@ def same_batch(name: str, x: Tensor, other: str, y: Tensor) -> None:
         )
 
 
+def same_view(name: str, grid: Sequence[int], other: str, other_grid: Sequence[int]) -> None:
+    """Warn where two grids cannot be of one image, as with axes in another order; not in a graph, nor for flat ones."""
+    if len(grid) < 2 or len(other_grid) < 2 or torch.compiler.is_compiling():
+        return
+    (H, W), (h, w) = grid, other_grid
+    if min(H, W, h, w) >= LARGE and not W * h < ASPECT * H * w < ASPECT**2 * W * h:
+        warnings.warn(
+            f"{name} and {other} are on grids of {H} x {W} and {h} x {w}, whose aspect ratios are not those of one "
+            "image: axes are read as (N, channels, H, W)",
+            stacklevel=2,
+        )
+
+
 def target_features(feats: Tensor, target_feats: Any) -> None:
     """Raise unless ``target_feats``, if there are any, are features of the kind of ``feats``, on any grid."""
     if target_feats is None:
@@ -159,6 +177,7 @@ def sources(logits: Any, feats: Any, mask: Any) -> None:
             f"flat logits and feats must have the same number of pixels M, got {logits.shape[2]} and {feats.shape[2]}; "
             "pass (N, C, H, W) and (N, D, h, w) to have one resized to the other"
         )
+    same_view("logits", logits.shape[2:], "feats", feats.shape[2:])
     if mask is not None:
         pixel_mask(mask, "logits", (logits.shape[0], *logits.shape[2:]), logits)
         if mask.numel() and values_are_known(mask) and not mask.any():
@@ -188,6 +207,7 @@ def labels(feats: Tensor, target: Any, ignore_index: int, name: str = "target", 
         )
     if any(size < 1 for size in target.shape[1:]):
         raise ValueError(f"{name} must have sizes of at least 1 in every axis but the batch, got {tuple(target.shape)}")
+    same_view(name, target.shape[1:], "feats", feats.shape[2:])
     if values_are_known(target):
         whole = target.long()
         wrong = whole[((whole < 0) | (whole >= below)) & (whole != ignore_index)]
