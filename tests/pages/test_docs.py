@@ -76,3 +76,28 @@ def test_links_and_pictures_exist():
             if not source.exists():
                 missing.append((page.name, target))
     assert missing == []
+
+
+# Pages with scores of the training example, each a mean and its spread.
+SCORED = ["README.md", "examples/derprop_voc/README.md", "examples/derprop_voc/results/README.md"]
+SCORED += [f"docs/recipes/{name}.md" for name in ("clicks", "edges", "frames", "new_camera")]
+
+
+def scores(*files):
+    """Pairs of figures, with the last digit's place of the first."""
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    found = re.findall(r"(\d+\.(\d+)) ± (\d+\.\d+)", text)
+    return {(float(mean), float(spread), 10.0 ** -len(digits)) for mean, digits, spread in found}
+
+
+@pytest.mark.parametrize("page", SCORED)
+def test_the_scores_of_a_page_are_among_the_results(page):
+    """Up to the digits that the page leaves out; their signs may stand in words."""
+    results = ROOT / "examples" / "derprop_voc" / "results"
+    written = scores(*(file for suffix in ("md", "txt") for file in results.glob(f"*/*.{suffix}")))
+    nowhere = [
+        (mean, spread)
+        for mean, spread, place in scores(ROOT / page)
+        if not any(max(abs(mean - x), abs(spread - y)) <= 0.5001 * place for x, y, _ in written)
+    ]
+    assert nowhere == []
