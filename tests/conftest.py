@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 # The tensors here are tiny: threads that wait for each other on shared cores cost ten times the arithmetic. This is for
 # BLAS and for the processes that tests start; torch has its own setting below.
@@ -19,13 +20,15 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 @pytest.fixture(autouse=True)
-def _seed_and_threads():
-    torch.default_generator.manual_seed(
-        0
-    )  # torch.manual_seed also notes the call, with a traceback, for absent devices
+def _as_alone():
+    """Every test starts as if it were the first: seed, threads, and what the compiler has seen."""
+    # torch.manual_seed also notes the call, with a traceback, for devices that are not there.
+    torch.default_generator.manual_seed(0)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(0)
-    torch.set_num_threads(1)  # every time: a command under test sets its own
+    torch.set_num_threads(1)  # a command under test sets its own
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # how often one function may be compiled is limited
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

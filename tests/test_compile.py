@@ -182,13 +182,6 @@ def _assert_same(actual, expected):
             assert_close(x, y.double(), "gradient")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def quick(names, *chosen, exhaustive=()):
     """Some of the names in the quick suite, more in the whole one: compiling everything takes minutes."""
 

@@ -20,7 +20,6 @@ def precision():
     before = torch.get_float32_matmul_precision()
     yield torch.set_float32_matmul_precision
     torch.set_float32_matmul_precision(before)
-    torch._dynamo.reset()  # what one function may be compiled for is limited, and other tests compile it too
 
 
 @pytest.fixture
