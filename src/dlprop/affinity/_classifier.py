@@ -74,7 +74,7 @@ class Classifier(Orders):
         if self.shrinkage == 0:  # what is left of a channel that others explain is rounding, of either sign
             left, variance = factor.diagonal(dim1=-2, dim2=-1).square(), Sigma_s.diagonal(dim1=-2, dim2=-1)
             is_singular = is_singular | (left <= OF_VARIANCE * eps * variance).any(dim=-1)
-        if _checks.values_are_known(is_singular):
+        if _checks.values_are_known(is_singular) and bool(is_singular.any()):
             is_finite = Sigma.isfinite().all(dim=-1).all(dim=-1)
             if bool((is_singular & is_finite).any()):
                 raise ValueError(
