@@ -63,6 +63,9 @@ class DerivativeLoss(nn.Module):
             call, shapes, batches or devices that disagree, `(Q + 1) * step >= D`, negative labels other than
             `ignore_index` (CPU, eager mode), or a backend that cannot run here.
 
+    Warns:
+        UserWarning: labels on a grid that cannot be of the same image, as in `DerivativeLabelPropagation`.
+
     Cost:
         "l1": time 4 M^2 D an image and order against features, 3 M^2 D against labels, value and gradient together; on
         CPUs in eager mode labels at order 0 take O(M D) where features are known to be non-negative with sum 1. Memory

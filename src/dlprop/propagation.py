@@ -76,6 +76,10 @@ def derivative_label_propagation(
         ValueError: shapes, grids, batches or devices that disagree, unknown options, a mask that leaves no source, or
             what the affinity refuses: too few channels, a backend that cannot run here.
 
+    Warns:
+        UserWarning: grids of logits and `feats` that cannot be of one image, as where axes are transposed or channels
+            come last (eager mode; grids of 8 x 8 and more).
+
     Cost:
         That of the affinity, and O(M C) for the resizes.
 
