@@ -73,7 +73,7 @@ def other(found: Results, variants: Results) -> str:
 def in_words(found: Results) -> str:
     """A ratio as one says it."""
     against, value = found["against"], found["median"]
-    if 0.95 <= value <= 1.05 or found["low"] <= 1 <= found["high"]:
+    if 0.95 <= value <= 1.05:
         return f"as fast as {against}"
     if found["measure"] == "cost" or value < 1:
         return f"{ratio(value if found['measure'] == 'cost' else 1 / value)} times the time of {against}"

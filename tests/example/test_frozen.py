@@ -59,7 +59,10 @@ def test_stages_come_to_one_grid_and_logits_to_the_size_of_the_images(network):
 
 
 def test_only_the_head_is_trained():
-    network = make_network(make_config(FROZEN), 3).train()
+    network = make_network(make_config(FROZEN), 3).eval()
+    assert not any(module.training for module in network.modules())
+    network.train()
+    assert network.training
     assert network.reduce.training
     assert not any(module.training for module in network.backbone.modules())
     before = {name: value.clone() for name, value in network.state_dict().items()}
