@@ -21,20 +21,23 @@ from torch.nn import functional as F
 from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Ridge
 
+from .choice import Finished
 from .complete import CERTAIN, Clicks, Completion, classify, only_labelled
-from .data import VOID, read_mask
+from .data import VOID, Item, read_mask
 from .evaluate import make_metric
 from .files import write_bytes, write_json
-from .image_features import standardised
-from .measuring import Images, add_measuring_arguments, begin, make_images
+from .image_features import mean_logits, standardised
+from .measuring import Images, add_measuring_arguments, begin, images_of, make_images
 from .progress import make_bar
 
 AMOUNTS = ("1", "5", "20", "stroke")
 DRAWS = 3
 SLOW = ("label spreading, backbone",)  # one draw
+ENLARGED = 2  # times, for the rows of larger images
+LARGER, BOTH = ", images twice as large", ", both sizes"
 WITHOUT_NETWORK = (
     *("nearest labelled pixel", "label spreading, backbone", "attention, backbone"),
-    *("ridge, backbone", "discriminant, backbone"),
+    *("ridge, backbone", "discriminant, backbone", f"discriminant, backbone{LARGER}"),
 )
 CLOSED = "no other classes: "  # ... than those labelled in an image
 # Paired: the same clicks, the same network.
@@ -47,6 +50,23 @@ GAINS = (
     (f"{CLOSED}network corrected by attention", f"{CLOSED}network alone"),
     (f"{CLOSED}network corrected by attention", f"{CLOSED}last layer trained on the clicks"),
     (f"{CLOSED}network corrected by attention", f"{CLOSED}network times attention"),
+    (f"discriminant, backbone{LARGER}", "discriminant, backbone"),
+    *(
+        (f"network corrected by attention{BOTH}", control)
+        for control in (
+            f"network alone{BOTH}",
+            f"last layer trained on the clicks{BOTH}",
+            "network corrected by attention",
+        )
+    ),
+    *(
+        (f"{CLOSED}network corrected by attention{BOTH}", f"{CLOSED}{control}")
+        for control in (
+            f"network alone{BOTH}",
+            f"last layer trained on the clicks{BOTH}",
+            "network corrected by attention",
+        )
+    ),
 )
 
 
@@ -79,7 +99,9 @@ class Sample:
         return replace(self, logits=only_labelled(self.logits, self.clicks))
 
 
-Method = Callable[[Sample], Tensor]  # scores (1, C, h, w), or (1, C, H, W)
+# An image and the same `ENLARGED` times larger, whose logits are the mean of both sizes -> scores (1, C, h, w), or
+# (1, C, H, W).
+Method = Callable[[Sample, Sample], Tensor]
 
 
 def draw_labels(truth: Tensor, amount: str, generator: np.random.Generator) -> Tensor:
@@ -191,26 +213,40 @@ def methods(num_classes: int, settings: dict[str, Any]) -> dict[str, Method]:
         zeros = s.backbone.new_zeros(1, C, *s.backbone.shape[-2:])
         return Completion(**chosen["attention"])(s.backbone, s.labels, zeros)
 
+    def discriminant(s: Sample) -> Tensor:
+        return classify(s.backbone, s.labels, C, **chosen["discriminant"])
+
+    def trained(*sizes: Sample) -> Tensor:
+        logits = [tuned_classifier(s, **chosen["last layer"]) for s in sizes]
+        return mean_logits(logits, sizes[-1].logits.shape[-2:])
+
     def corrected(s: Sample) -> Tensor:
         return Completion(**chosen["corrected"])(s.decoder, s.labels, s.logits)
 
     return {
-        "nearest labelled pixel": lambda s: nearest(s, C),
-        "label spreading, backbone": lambda s: label_spreading(s, C, **chosen["label spreading"]),
-        "attention, backbone": attention,
-        "ridge, backbone": lambda s: ridge(s, C, **chosen["ridge"]),
-        "discriminant, backbone": lambda s: classify(s.backbone, s.labels, C, **chosen["discriminant"]),
-        "discriminant, network": lambda s: classify(s.decoder, s.labels, C, **chosen["discriminant, network"]),
-        "network alone": lambda s: s.logits,
-        "last layer trained on the clicks": lambda s: tuned_classifier(s, **chosen["last layer"]),
-        "network times attention": lambda s: product(s, **chosen["product"]),
-        "network corrected by attention": corrected,
-        f"{CLOSED}network alone": lambda s: s.closed.logits,
-        f"{CLOSED}last layer trained on the clicks": lambda s: only_labelled(
-            tuned_classifier(s, **chosen["last layer"]), s.clicks
+        "nearest labelled pixel": lambda s, _: nearest(s, C),
+        "label spreading, backbone": lambda s, _: label_spreading(s, C, **chosen["label spreading"]),
+        "attention, backbone": lambda s, _: attention(s),
+        "ridge, backbone": lambda s, _: ridge(s, C, **chosen["ridge"]),
+        "discriminant, backbone": lambda s, _: discriminant(s),
+        f"discriminant, backbone{LARGER}": lambda _, larger: discriminant(larger),
+        "discriminant, network": lambda s, _: classify(s.decoder, s.labels, C, **chosen["discriminant, network"]),
+        "network alone": lambda s, _: s.logits,
+        f"network alone{BOTH}": lambda _, larger: larger.logits,
+        "last layer trained on the clicks": lambda s, _: trained(s),
+        f"last layer trained on the clicks{BOTH}": trained,
+        "network times attention": lambda s, _: product(s, **chosen["product"]),
+        "network corrected by attention": lambda s, _: corrected(s),
+        f"network corrected by attention{BOTH}": lambda _, larger: corrected(larger),
+        f"{CLOSED}network alone": lambda s, _: s.closed.logits,
+        f"{CLOSED}network alone{BOTH}": lambda _, larger: larger.closed.logits,
+        f"{CLOSED}last layer trained on the clicks": lambda s, _: only_labelled(trained(s), s.clicks),
+        f"{CLOSED}last layer trained on the clicks{BOTH}": lambda s, larger: only_labelled(
+            trained(s, larger), s.clicks
         ),
-        f"{CLOSED}network times attention": lambda s: product(s.closed, **chosen["product"]),
-        f"{CLOSED}network corrected by attention": lambda s: corrected(s.closed),
+        f"{CLOSED}network times attention": lambda s, _: product(s.closed, **chosen["product"]),
+        f"{CLOSED}network corrected by attention": lambda s, _: corrected(s.closed),
+        f"{CLOSED}network corrected by attention{BOTH}": lambda _, larger: corrected(larger.closed),
     }
 
 
@@ -241,44 +277,76 @@ def grids() -> dict[str, tuple[str, list[dict[str, Any]]]]:
 # Measuring
 
 
-def samples(images: Images, amount: str, draw: int) -> Iterator[tuple[Sample, Tensor]]:
-    """Every image with labels of one draw, and its truth (H, W)."""
-    network = images.network
+@dataclass(frozen=True)
+class Sizes:
+    """The same images at their own size and `ENLARGED` times larger."""
+
+    own: Images
+    larger: Images
+
+
+def make_sizes(run: Finished, **options: Any) -> Sizes:
+    """Images as `make_images`, at both sizes."""
+    own = make_images(run, **options)
+    return Sizes(own, images_of(run, own.items, enlarge=ENLARGED))
+
+
+def samples(sizes: Sizes, amount: str, draw: int) -> Iterator[tuple[Sample, Sample, Tensor]]:
+    """Every image with labels of one draw, at both sizes, and its truth (H, W)."""
+    images = sizes.own
     with make_bar(len(images.items), f"{images.name}: {amount}, draw {draw}") as bar:
         for index, item in enumerate(images.items):
             truth = torch.from_numpy(read_mask(item))
             labels = draw_labels(truth, amount, np.random.default_rng((draw, index)))
-            features = images.cached[item.image][None].float()
-            decoder = network(features).feats
-            logits = network.classifier(decoder)
-            yield Sample(labels, decoder, standardised(features), logits, network.classifier), truth
+            own, larger = (_sample(of_size, item, labels) for of_size in (sizes.own, sizes.larger))
+            both = mean_logits([own.logits, larger.logits], larger.logits.shape[-2:])
+            yield own, replace(larger, logits=both), truth
             bar.update()
 
 
-def score(images: Images, rows: dict[Any, Method], amount: str, draw: int) -> dict[Any, float]:
+def _sample(images: Images, item: Item, labels: Tensor) -> Sample:
+    features = images.cached[item.image][None].float()
+    decoder, classifier = images.network(features).feats, images.network.classifier
+    return Sample(labels, decoder, standardised(features), classifier(decoder), classifier)
+
+
+def score(sizes: Sizes, rows: dict[Any, Method], amount: str, draw: int) -> dict[Any, float]:
     """The mIoU of every method over the images, in percent."""
-    metrics = {name: make_metric(images.num_classes) for name in rows}
-    for sample, truth in samples(images, amount, draw):
+    metrics = {name: make_metric(sizes.own.num_classes) for name in rows}
+    for own, larger, truth in samples(sizes, amount, draw):
         for name, method in rows.items():
-            scores = F.interpolate(method(sample), truth.shape, mode="bilinear", align_corners=True)
+            scores = F.interpolate(method(own, larger), truth.shape, mode="bilinear", align_corners=True)
             metrics[name].update(scores[0].max(0).indices[None], truth[None].long())
     return {name: 100 * metric.compute()["miou"].item() for name, metric in metrics.items()}
 
 
-def choose(images: Images) -> dict[str, dict[str, Any]]:
-    """Of every grid the setting with the highest mIoU, averaged over the amounts, and the figures of all."""
-    rows = {
-        (name, number): methods(images.num_classes, {name: setting})[row]
-        for name, (row, settings) in grids().items()
-        for number, setting in enumerate(settings)
-    }
-    figures = [score(images, rows, amount, draw=100) for amount in AMOUNTS]
+def choose(sizes: Sizes) -> dict[str, Any]:
+    """Of every grid the setting with the highest mIoU, averaged over the amounts, and the figures of all.
+
+    With these settings then, on the same images, the mIoU of every row that reads larger images and of its like.
+    """
+
+    def means(rows: dict[Any, Method]) -> dict[Any, float]:
+        figures = [score(sizes, rows, amount, draw=100) for amount in AMOUNTS]
+        return {row: float(np.mean([figure[row] for figure in figures])) for row in rows}
+
+    C = sizes.own.num_classes
+    of_grids = means(
+        {
+            (name, number): methods(C, {name: setting})[row]
+            for name, (row, settings) in grids().items()
+            for number, setting in enumerate(settings)
+        }
+    )
     chosen = {}
     for name, (_, settings) in grids().items():
-        means = [float(np.mean([figure[name, number] for figure in figures])) for number in range(len(settings))]
-        tried = [setting | {"miou": mean} for setting, mean in zip(settings, means, strict=True)]
-        chosen[name] = {"setting": settings[int(np.argmax(means))], "tried": tried}
-    return chosen
+        tried = [setting | {"miou": of_grids[name, number]} for number, setting in enumerate(settings)]
+        best = max(range(len(settings)), key=lambda number: tried[number]["miou"])
+        chosen[name] = {"setting": settings[best], "tried": tried}
+    with_chosen = methods(C, {name: entry["setting"] for name, entry in chosen.items()})
+    larger = [row for row in with_chosen if row.endswith((LARGER, BOTH))]
+    like = [row.removesuffix(LARGER).removesuffix(BOTH) for row in larger]
+    return {"chosen": chosen, "larger": means({row: with_chosen[row] for row in (*like, *larger)})}
 
 
 def add_clicks_arguments(parser: argparse.ArgumentParser) -> None:
@@ -292,21 +360,21 @@ def clicks_command(arguments: argparse.Namespace) -> None:
     """Chooses, measures, and writes JSON and a table; goes on where an interrupted call has stopped."""
     runs, path, result = begin(arguments, "clicks", images=arguments.images)
     if "chosen" not in result:
-        result |= {"chosen": choose(make_images(runs[0], chosen=True)), "figures": {}}
+        result |= {**choose(make_sizes(runs[0], chosen=True)), "figures": {}}
         write_json(path, result)
     settings = {name: chosen["setting"] for name, chosen in result["chosen"].items()}
     first_of_data = {Path(run.config.data).name: run for run in reversed(runs)}
     for run in runs:
-        images, data = make_images(run, chosen=False, count=arguments.images), Path(run.config.data).name
-        of_run = result["figures"].setdefault(images.name, {"data": data, "images": len(images.items)})
+        sizes, data = make_sizes(run, chosen=False, count=arguments.images), Path(run.config.data).name
+        of_run = result["figures"].setdefault(sizes.own.name, {"data": data, "images": len(sizes.own.items)})
         for amount, draw in itertools.product(AMOUNTS, range(DRAWS)):
             if f"{amount}/{draw}" not in of_run:
-                rows = methods(images.num_classes, settings)
+                rows = methods(sizes.own.num_classes, settings)
                 if draw:
                     rows = {row: method for row, method in rows.items() if row not in SLOW}
                 if run is not first_of_data[data]:  # one backbone, the same clicks
                     rows = {row: method for row, method in rows.items() if row not in WITHOUT_NETWORK}
-                of_run[f"{amount}/{draw}"] = score(images, rows, amount, draw)
+                of_run[f"{amount}/{draw}"] = score(sizes, rows, amount, draw)
                 write_json(path, result)
     table = make_table(result)
     write_bytes(arguments.out / "clicks.md", table.encode())

@@ -95,7 +95,7 @@ class Completion:
             labels: (H, W) integers, `VOID` where there is none; at least one label.
             logits: (1, C, h', w') of a network, resized to the features; zeros for none.
 
-        Cost: steps * (h w + labelled pixels) * labelled pixels * (D + C).
+        Cost: (h w + steps * labelled pixels) * labelled pixels * (D + C).
         """
         grid, clicks = feats.shape[-2:], Clicks(labels)
         truth = clicks.one_hot(logits.shape[1]).to(feats)
@@ -109,11 +109,13 @@ class Completion:
 
         affinity = Softmax(over="sources", similarity="gaussian", normalize=None, weights=(self.sharpness,))
         propagate = DerivativeLabelPropagation(affinity)
-        completed = F.interpolate(logits, grid, mode="bilinear", align_corners=True)
-        for _ in range(self.steps):
-            errors = truth - clicks.sample(completed).softmax(1)
-            completed = completed + propagate(errors, sources, targets).unflatten(2, grid)
-        return completed
+        start = F.interpolate(logits, grid, mode="bilinear", align_corners=True)
+        at_clicks, total = clicks.sample(start), torch.zeros_like(truth)
+        for _ in range(self.steps):  # among the clicks; attention is linear in what it carries
+            errors = truth - at_clicks.softmax(1)
+            total = total + errors
+            at_clicks = at_clicks + propagate(errors, sources)
+        return start + propagate(total, sources, targets).unflatten(2, grid)
 
 
 def dense_labels(completed: Tensor, labels: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as TF
 
 from .augment import to_input
 from .choice import add_network_argument, checkpoint_files, load_finished, make_device
@@ -15,7 +16,8 @@ from .data import VOID, read_image
 from .errors import ConfigError, DataError
 from .frozen import FrozenNetwork
 
-# An image (1, 3, H, W) in [0, 1] -> features (1, D, h, w) and, with a network, logits (1, C, h', w').
+# An image (1, 3, H, W) in [0, 1] -> features (1, D, h, w) and, with a network, logits (1, C, h', w'). Grids have the
+# image's corners.
 Describe = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
@@ -39,6 +41,12 @@ def backbone_features(network: FrozenNetwork) -> Describe:
         return standardised(network.backbone_features(image)), None
 
     return describe
+
+
+def mean_logits(logits: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
+    """The mean of logits (1, C, h', w') of one image at several sizes, on a grid (h, w)."""
+    resized = [F.interpolate(x, tuple(grid), mode="bilinear", align_corners=True) for x in logits]
+    return torch.stack(resized).mean(0)
 
 
 def standardised(features: Tensor) -> Tensor:
@@ -69,7 +77,8 @@ def add_features_arguments(parser: argparse.ArgumentParser) -> None:
         "--enlarge",
         type=float,
         default=1.0,
-        help="images so many times larger, for thin classes (%(default)s)",
+        help="features of images so many times larger, for thin classes; with --run logits are the mean of those "
+        "of both sizes (%(default)s)",
     )
 
 
@@ -102,10 +111,16 @@ def make_describe(
         raise DataError(f"{labels}: expected labels 0 to {len(names) - 1} or {VOID}, found {highest}")
 
     def of_image(path: Path) -> tuple[Tensor, Tensor | None]:
-        image = to_input(read_image(path, size))[None].to(device)
-        if arguments.enlarge != 1:
-            image = F.interpolate(image, scale_factor=arguments.enlarge, mode="bicubic").clamp(0, 1)
-        return describe(image)
+        image = read_image(path)
+
+        def of_size(enlarge: float) -> tuple[Tensor, Tensor | None]:
+            edges = [max(1, round(enlarge * edge)) for edge in size or image.shape[-2:]]
+            return describe(to_input(TF.resize(image, edges, antialias=True))[None].to(device))
+
+        feats, logits = of_size(arguments.enlarge)
+        if logits is None or arguments.enlarge == 1:
+            return feats, logits
+        return feats, mean_logits([logits, of_size(1.0)[1]], feats.shape[-2:])
 
     return names, device, of_image
 

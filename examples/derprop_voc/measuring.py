@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .cache import CachedFeatures, cache_place, fill_cache, read_cache
+from .cache import CachedFeatures, cache_place, fill_cache, grid_of_features, read_cache
 from .choice import Finished, add_machine_arguments, load_finished, make_device
 from .data import Item, load_data
 from .errors import ConfigError
@@ -48,11 +48,14 @@ def frozen_network(finished: Finished) -> FrozenNetwork:
     return network
 
 
-def images_of(finished: Finished, items: Sequence[Item]) -> Images:
-    """These images, with what of their features is missing computed."""
-    network = frozen_network(finished)
-    place = cache_place(finished.config, items, network)
-    fill_cache(place, finished.config, items, network)
+def images_of(finished: Finished, items: Sequence[Item], *, enlarge: int = 1) -> Images:
+    """These images, so many times larger, with what of their features is missing computed."""
+    network, config = frozen_network(finished), finished.config
+    if enlarge != 1:
+        size, _ = grid_of_features(config, items)
+        config = replace(config, image_size=tuple(enlarge * edge for edge in size))
+    place = cache_place(config, items, network)
+    fill_cache(place, config, items, network)
     return Images(run_name(finished), network, len(finished.class_names), list(items), read_cache(place))
 
 

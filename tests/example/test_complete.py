@@ -1,5 +1,6 @@
 """Sparse labels made dense: the method, the folder command, and the measurement of what it is worth."""
 
+import argparse
 import json
 import shutil
 
@@ -13,10 +14,12 @@ from torch.nn import functional as F
 from examples.derprop_voc import clicks, measuring
 from examples.derprop_voc import complete as completing
 from examples.derprop_voc.__main__ import BAD_INPUT, DONE, main
+from examples.derprop_voc.augment import to_input
+from examples.derprop_voc.choice import add_machine_arguments, load_finished
 from examples.derprop_voc.complete import Clicks, Completion, classify, dense_labels, only_labelled
 from examples.derprop_voc.config import make_config
-from examples.derprop_voc.data import VOID, load_data
-from examples.derprop_voc.image_features import standardised
+from examples.derprop_voc.data import VOID, load_data, read_image
+from examples.derprop_voc.image_features import add_features_arguments, make_describe, standardised
 from examples.derprop_voc.scenes import make_scene
 from examples.derprop_voc.train import run
 from tests.example.frozen_runs import FROZEN
@@ -170,6 +173,29 @@ def test_only_labelled_changes_where_the_network_starts(folders, trained, pictur
         assert all((5 in ids) == is_there for ids in found)
 
 
+def test_enlarged_images_add_to_what_the_network_says(folders, trained):
+    """Features of the larger image; logits, on their grid, the mean of those of both sizes."""
+    images, labels, _ = folders
+    path = sorted(images.iterdir())[0]
+    parser = argparse.ArgumentParser()
+    add_features_arguments(parser)
+    add_machine_arguments(parser)
+
+    def described(*options):
+        arguments = parser.parse_args(["--run", str(trained), "--accelerator", "cpu", *options])
+        with torch.no_grad():
+            return make_describe(arguments, 5, labels)[2](path)
+
+    (feats, logits), (finer, both) = described(), described("--enlarge", "2")
+    assert (feats.shape[-2:], finer.shape[-2:]) == ((5, 6), (10, 12))
+    finished = load_finished([trained / "latest.pt"], torch.device("cpu"))[0]
+    with torch.no_grad():
+        larger = finished.network("tested")(to_input(read_image(path, (80, 96)))[None])
+    assert_close(finer, larger.feats.double().numpy(), "propagation")
+    parts = [F.interpolate(x.double(), (10, 12), mode="bilinear", align_corners=True) for x in (logits, larger.logits)]
+    assert_close(both, ((parts[0] + parts[1]) / 2).numpy(), "propagation")
+
+
 def test_a_folder_with_a_backbone_alone(folders, tmp_path, pictures):
     weights = tmp_path / "weights.pt"
     torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
@@ -228,6 +254,8 @@ def test_the_measurement(scenes, trained, tmp_path, monkeypatch, capsys):
     figures = result["figures"]["supervised"]
     assert all(f"| {method} |" in table for method in figures["1/0"])
     assert figures["1/0"]["network alone"] == figures["stroke/1"]["network alone"]
+    assert figures["1/0"]["network alone, both sizes"] != figures["1/0"]["network alone"]
+    assert len(result["larger"]) == 14
 
     def never(*_):
         raise AssertionError("measured twice")
@@ -243,9 +271,9 @@ def test_results_of_another_call_are_not_gone_on_from(scenes, trained, tmp_path,
     monkeypatch.setattr(
         clicks, "make_images", lambda run, **options: measuring.images_of(run, load_data(run.config).val)
     )
-    monkeypatch.setattr(clicks, "choose", lambda images: {})
+    monkeypatch.setattr(clicks, "choose", lambda sizes: {"chosen": {}})
     monkeypatch.setattr(clicks, "methods", lambda num_classes, settings: {})
-    monkeypatch.setattr(clicks, "score", lambda images, *_: measured.append(images.name) or {"network alone": 1.0})
+    monkeypatch.setattr(clicks, "score", lambda sizes, *_: measured.append(sizes.own.name) or {"network alone": 1.0})
     monkeypatch.setattr(clicks, "GAINS", ())
 
     def call(*runs, images=0):
