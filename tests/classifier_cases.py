@@ -1,15 +1,18 @@
 """Inputs for the tests of ridge and discriminant, and the library and the oracle behind one signature."""
 
 import numpy as np
+import pytest
 import torch
 
 from dlprop.affinity import Discriminant, Ridge
 from dlprop.propagation import derivative_label_propagation
+from dlprop.statistics import ClassStatistics
 
 from .oracles import classifier as oracle
 from .tolerances import assert_close
 
 FORMS = {"discriminant": Discriminant, "ridge": Ridge}
+forms = pytest.mark.parametrize("form", FORMS)
 
 
 def propagate(form, logits, feats, target_feats=None, *, mask=None, resolution="feats", align_corners=True, **options):
@@ -49,3 +52,27 @@ def assert_matches(form, actual, wanted, kind="classifier"):
     if form == "ridge":
         actual, wanted = actual.double().exp(), np.exp(np.asarray(wanted))
     assert_close(actual, np.asarray(wanted), kind, dtype)
+
+
+def compare(form, *tensors, kind="classifier", **options):
+    """The library and the oracle must agree."""
+    actual = propagate(form, *tensors, **options)
+    assert actual.dtype == tensors[0].dtype
+    assert_matches(form, actual, expected(form, *tensors, **options), kind)
+
+
+def draw(seed, M, *, C=3, D=4, spread=2.0):
+    """Flat logits and features of one image; more pixels than channels."""
+    rng = np.random.default_rng(seed)
+    mixing = np.eye(D) + 0.3 * rng.standard_normal((D, D))
+    logits = spread * rng.standard_normal((1, C, M))
+    return torch.from_numpy(logits), torch.from_numpy(mixing @ rng.standard_normal((1, D, M)) + rng.standard_normal())
+
+
+def stored(C=3, D=4, seed=3):
+    """Statistics of other images."""
+    generator = torch.Generator().manual_seed(seed)
+    result = ClassStatistics(C, D)
+    logits, feats = (torch.randn(2, size, 9, generator=generator, dtype=torch.float64) for size in (C, D))
+    result.update(2 * logits, feats + 0.5)
+    return result

@@ -1,4 +1,4 @@
-"""Ridge propagation: by hand, against scikit-learn, and what it leaves alone; the rest is in test_discriminant.py."""
+"""Ridge propagation: by hand, against scikit-learn, and what it leaves alone; the rest is in test_classifiers.py."""
 
 import numpy as np
 import pytest
@@ -10,18 +10,10 @@ from sklearn import linear_model
 from dlprop.affinity import Ridge
 from dlprop.theory import derivative_metric
 
-from .classifier_cases import assert_matches, expected, inputs, propagate
+from .classifier_cases import assert_matches, draw, expected, inputs, propagate
 from .propagation_cases import random_mask
 from .strategies import seeds
 from .tolerances import assert_close
-
-
-def draw(seed, M, *, C=3, D=4):
-    """Flat logits and features of one image."""
-    rng = np.random.default_rng(seed)
-    mixing = np.eye(D) + 0.3 * rng.standard_normal((D, D))
-    feats = mixing @ rng.standard_normal((1, D, M)) + rng.standard_normal((D, 1))
-    return torch.from_numpy(1.5 * rng.standard_normal((1, C, M))), torch.from_numpy(feats)
 
 
 def linear_probabilities(seed, M, *, C=3, D=4):
