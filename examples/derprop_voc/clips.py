@@ -8,7 +8,7 @@ no repetitions but over the networks.
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,14 +22,14 @@ from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Discriminant
 
 from .choice import Finished
-from .clicks import trained_layer
+from .clicks import BOTH, ENLARGED, LARGER, trained_layer
 from .complete import CERTAIN
 from .data import VOID, Item, check_mask, find_places, load_data, read_list, read_mask
 from .errors import ConfigError
 from .evaluate import make_metric
 from .files import write_bytes, write_json
-from .image_features import standardised
-from .measuring import add_measuring_arguments, begin, images_of, run_name
+from .image_features import mean_logits, standardised
+from .measuring import add_measuring_arguments, begin, frozen_network, images_of, run_name
 from .progress import make_bar
 from .sources import find_source
 from .video import FRAMES, Carrying, Described, Memory, carry, score_clip
@@ -43,6 +43,9 @@ CORRECTED = "network corrected by attention, backbone"
 GAINS = tuple(
     (CORRECTED, control)
     for control in ("network alone", "last layer trained on the first frame", "network plus discriminant")
+) + tuple(
+    (f"{CORRECTED}{BOTH}", control)
+    for control in (f"network alone{BOTH}", f"last layer trained on the first frame{BOTH}", CORRECTED)
 )
 
 Kind = Literal["backbone", "decoder"]
@@ -55,13 +58,13 @@ class Frame:
     Attributes:
         item: where its image and its truth are.
         backbone: (1, K, h, w), the frozen backbone's features, standardised over the frame.
-        decoder: (1, D, h, w), the network's features V.
-        logits: (1, C, h, w) of the network.
+        decoders: of each size of the frame (1, D, h', w'), the network's features V; the last has the grid (h, w).
+        logits: (1, C, h, w) of the network, the mean over the sizes.
     """
 
     item: Item
     backbone: Tensor
-    decoder: Tensor
+    decoders: tuple[Tensor, ...]
     logits: Tensor
 
     @property
@@ -71,7 +74,7 @@ class Frame:
 
     def features(self, kind: Kind) -> Tensor:
         """Those of the backbone or of the decoder."""
-        return self.backbone if kind == "backbone" else self.decoder
+        return self.backbone if kind == "backbone" else self.decoders[-1]
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,26 @@ def make_clip(finished: Finished, prefix: str | None) -> Clip:
         raise ConfigError(f"choose_on: expected the start of names in {place}, got {prefix!r}")
     for item in items:
         check_mask(item, len(finished.class_names))
-    images = images_of(finished, items)
-    frames = []
+    return Clip(finished, frozen_network(finished).classifier, list(_frames(finished, items)))
+
+
+def enlarged(clip: Clip) -> Clip:
+    """The same with frames `ENLARGED` times larger."""
+    frames = _frames(clip.finished, [frame.item for frame in clip.frames], enlarge=ENLARGED)
+
+    def both(own: Frame, larger: Frame) -> Frame:
+        logits = mean_logits([own.logits, larger.logits], larger.logits.shape[-2:])
+        return replace(larger, decoders=own.decoders + larger.decoders, logits=logits)
+
+    return replace(clip, frames=[both(*sizes) for sizes in zip(clip.frames, frames, strict=True)])
+
+
+def _frames(finished: Finished, items: Sequence[Item], enlarge: int = 1) -> Iterator[Frame]:
+    images = images_of(finished, items, enlarge=enlarge)
     for item in items:
         features = images.cached[item.image][None].float()
         decoder = images.network(features).feats
-        frames.append(Frame(item, standardised(features), decoder, images.network.classifier(decoder)))
-    return Clip(finished, images.network.classifier, frames)
+        yield Frame(item, standardised(features), (decoder,), images.network.classifier(decoder))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,8 +154,8 @@ def classified(
 ) -> Iterator[tuple[int, Tensor]]:
     """A share of the discriminant of the first frame's truth, and as much of the network as it is trusted."""
     propagate = DerivativeLabelPropagation(Discriminant(shrinkage=shrinkage))
-    _, shares, known = first_labels(clip)
     first = clip.frames[0].features(kind)
+    _, shares, known = first_labels(clip, first)
 
     def logits(frame: Frame) -> Tensor:
         if not share:
@@ -151,17 +167,26 @@ def classified(
 
 
 def tuned(clip: Clip, *, steps: int, lr: float) -> Iterator[tuple[int, Tensor]]:
-    """The network with its last layer trained on the first frame."""
-    _, shares, known = first_labels(clip)
-    V, truth = (x[0, :, known[0]].T for x in (clip.frames[0].decoder, shares))
-    layer = trained_layer(clip.classifier, V, truth, steps=steps, lr=lr)
-    return resized(clip, lambda frame: layer(frame.decoder))
+    """The network with its last layer trained on the first frame; of several sizes each, and their mean."""
+
+    def layer(decoder: Tensor) -> Callable[[Tensor], Tensor]:
+        _, shares, known = first_labels(clip, decoder)
+        V, truth = (x[0, :, known[0]].T for x in (decoder, shares))
+        return trained_layer(clip.classifier, V, truth, steps=steps, lr=lr)
+
+    layers = [layer(decoder) for decoder in clip.frames[0].decoders]
+
+    def logits(frame: Frame) -> Tensor:
+        each = [layer(decoder) for layer, decoder in zip(layers, frame.decoders, strict=True)]
+        return mean_logits(each, frame.logits.shape[-2:])
+
+    return resized(clip, logits)
 
 
-def first_labels(clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
-    """The first frame on the features' grid as a `Memory` holds it: placed features, shares of classes, a mask."""
+def first_labels(clip: Clip, feats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the first frame as a `Memory` holds it: its features with their place, shares of classes, a mask."""
     memory = Memory(Carrying())
-    memory.give(clip.frames[0].decoder, clip.frames[0].truth, clip.num_classes)
+    memory.give(feats, clip.frames[0].truth, clip.num_classes)
     return memory.given[0]
 
 
@@ -187,13 +212,16 @@ def methods(chosen: Mapping[str, dict[str, Any]], second: int) -> dict[str, Meth
         rows[f"attention, last {LAST} too, {labels}"] = partial(carried, **memory | {"labels": labels, "doubt": 0.0})
     rows[f"attention, last {LAST} too, as chosen"] = partial(carried, **memory)
     rows[f"attention, last {LAST} too, as chosen, one a second"] = partial(carried, **memory, every=second)
-    return rows | {
+    rows |= {
         "network alone": partial(classified, kind="decoder", trust=1.0),
         "last layer trained on the first frame": partial(tuned, **setting["last layer"]),
         "network plus discriminant": partial(classified, **setting["plus discriminant"]),
         "network corrected by attention, decoder": partial(carried, **setting["corrected, decoder"]),
         CORRECTED: partial(carried, **setting["corrected, backbone"]),
     }
+    again = ("network alone", "last layer trained on the first frame", CORRECTED)
+    larger = {f"attention{LARGER}": rows["attention"]} | {f"{row}{BOTH}": rows[row] for row in again}
+    return rows | larger  # the same on the clip that is `enlarged`
 
 
 WITH_NETWORK = ("network", "last layer")  # how the rows start that differ between networks
@@ -286,8 +314,9 @@ def clips_command(arguments: argparse.Namespace) -> None:
             rows = {row: method for row, method in rows.items() if row.startswith(WITH_NETWORK)}
         missing = [row for row in rows if row not in figures]
         clip = make_clip(run, None) if missing else None
+        larger = enlarged(clip) if clip else None
         for row in missing:
-            figures[row] = measure(clip, rows[row])
+            figures[row] = measure(larger if row.endswith((LARGER, BOTH)) else clip, rows[row])
             write_json(path, result)
             print(f"{name}, {row}: {100 * figures[row]['miou']:.1f}", flush=True)
     table = make_table(result)

@@ -369,6 +369,7 @@ def test_the_table_is_measured_and_goes_on_where_it_stopped(tmp_path, monkeypatc
     first, second = (result["figures"][f"run_{seed}"] for seed in (0, 1))
     # What needs no network is measured once.
     assert {name for name in first if "network" in name or "last layer" in name} == set(second)
+    assert first["network alone, both sizes"]["miou"] != first["network alone"]["miou"]
     for chosen in result["chosen"].values():
         best = max(chosen["tried"], key=lambda entry: entry["miou"])
         assert {name: best[name] for name in chosen["setting"]} == chosen["setting"]
