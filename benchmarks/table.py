@@ -58,9 +58,11 @@ def short(results: Results) -> str:
         if case.readme is None or entry is None or not entry["targets"]:
             continue
         found, at = entry["targets"][0], entry["points"][0]["variants"]
-        ours, plain = at.get(OURS), at.get(other(found, at))
-        times = beside(time(ours), time(plain) if plain and "seconds" in plain else "")
-        rows.append((case.readme, in_words(found), times, beside(mib(ours), mib(plain))))
+        ours, name = at.get(OURS), other(found, at)
+        plain = at.get(name)
+        joint = " instead of " if name == found["against"] else f"; {name} "
+        times = beside(time(ours), time(plain) if plain and "seconds" in plain else "", joint)
+        rows.append((case.readme, in_words(found), times, beside(mib(ours), mib(plain), joint)))
     return table(("task", "speed", "time", "memory added"), rows)
 
 
@@ -80,8 +82,8 @@ def in_words(found: Results) -> str:
     return f"{ratio(value)} times faster than {against}"
 
 
-def beside(ours: str, plain: str) -> str:
-    return f"{ours} instead of {plain}" if ours and plain else ours
+def beside(ours: str, plain: str, joint: str) -> str:
+    return f"{ours}{joint}{plain}" if ours and plain else ours
 
 
 def targets(results: Results) -> str:
