@@ -362,8 +362,9 @@ def test_features_in_another_order_of_axes_are_warned_of(order):
     """There is a result, of the wrong pixels."""
     logits, labels, feats = torch.rand(1, 3, 48, 64), torch.ones(1, 48, 64).long(), torch.rand(1, 8, 12, 16)
     parts = "48 x 64", "N, channels, H, W"
-    with pytest.warns(UserWarning, match=says("logits", *parts)):
+    with pytest.warns(UserWarning, match=says("logits", *parts)) as caught:
         DerivativeLabelPropagation()(logits, feats.permute(order))
+    assert [warning.filename for warning in caught] == [__file__]  # whose line is to be mended
     with pytest.warns(UserWarning, match=says("target", *parts)):
         DerivativeLoss()(feats.permute(order), labels)
     torch.compile(DerivativeLoss(), backend="eager", fullgraph=True)(feats.permute(order), labels)

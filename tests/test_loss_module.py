@@ -66,6 +66,14 @@ def test_module_has_no_state():
     assert loss.train().training is True
 
 
+@pytest.mark.parametrize(("name", "value"), [("reduction", "avg"), ("eta", -1.0), ("norm", "l2"), ("num_anchors", 0)])
+def test_options_are_checked_where_they_were_set_later(name, value):
+    loss = DerivativeLoss()
+    setattr(loss, name, value)
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        loss(*draw("features", dtype=F32))
+
+
 def test_module_is_a_key_and_a_part_of_others():
     loss, twin = DerivativeLoss(), DerivativeLoss()
     assert loss != twin  # as every Module: equal options do not make two parts of a network one

@@ -572,8 +572,8 @@ ORDERS = {
         ["cosine", "attention, cosine"],
     ),
     "targets not normalised": (
-        "targets.upsample(normalize_features(targets.feats, self.normalize))",
-        "targets.upsample(targets.feats)",
+        "else normalize_features(targets.feats, self.normalize)",
+        "else targets.feats",
         ["softmax of another image"],
     ),
 }

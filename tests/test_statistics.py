@@ -18,6 +18,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from dlprop import statistics
 from dlprop._kernels import moments as kernel
 from dlprop.features import Pixels, Upsampling
+from dlprop.propagation import derivative_label_propagation
 from dlprop.statistics import ClassStatistics, image_statistics
 
 from .classifier_cases import inputs
@@ -285,6 +286,22 @@ def test_update_labels(ignore_index, dtype):
     assert result.counts.sum() == (labels != ignore_index).sum()
 
 
+def test_no_class_wraps_around_a_small_dtype():
+    """More classes than uint8 has numbers, and a marker that it does not have."""
+    feats = torch.arange(3.0)[None, None]
+    for C, y, ignore_index in ((300, [0, 1, 44], 255), (256, [0, 1, 255], -1)):
+        result = ClassStatistics(C, 1)
+        result.update_labels(torch.tensor([y], dtype=torch.uint8), feats, ignore_index=ignore_index)
+        assert result.counts.nonzero().flatten().tolist() == y
+
+
+def test_scatter_that_overflows_is_not_taken_for_rounding():
+    logits, feats = torch.randn(1, 2, 6, 6), 1e20 * torch.randn(1, 3, 3, 3)
+    for resolution in ("feats", "logits"):
+        out = derivative_label_propagation(logits, feats, affinity="ridge", resolution=resolution)
+        assert out.isnan().all()
+
+
 @corners
 @pytest.mark.parametrize("size", [(9, 7), (2, 3)])
 def test_every_label_counts_once_on_another_grid(size, align_corners):
@@ -445,10 +462,10 @@ def test_tensors_are_checked():
         (lambda: own.update(logits[:1], feats), ValueError, "batch size"),
         (lambda: own.update(logits.flatten(2)[..., 1:], feats.flatten(2)), ValueError, "pixels M"),
         (lambda: own.update(logits, feats, mask=torch.ones(2, 4, 5)), TypeError, "bool"),
-        (lambda: own.update(logits, feats, mask=torch.zeros(2, 4, 5, dtype=torch.bool)), ValueError, "one source"),
         (lambda: own.update_labels(labels + 1, feats), ValueError, r"in \[0, 2\]"),
         (lambda: own.update_labels(labels - 1, feats), ValueError, r"in \[0, 2\]"),
         (lambda: own.update_labels(labels.double(), feats), TypeError, "integer dtype"),
+        (lambda: own.update_labels(labels, feats, ignore_index=None), TypeError, "ignore_index must be an int"),
         (lambda: own.update_labels(labels[:, None], feats), ValueError, "squeeze"),
         (lambda: own.update_labels(labels, feats.long()), TypeError, "floating"),
     ):
@@ -468,14 +485,14 @@ def test_labels_that_are_all_ignored_add_nothing():
 
 @pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*:FutureWarning")
 def test_nothing_but_masked_sources_adds_nothing():
-    """Where values are unknown the mask is not refused."""
     logits, feats, _ = inputs()
     own = updated(*draw(0, 7))
     before = copy.deepcopy(own)
     mask = torch.zeros(2, 4, 5, dtype=torch.bool)
     compiled = torch.compile(lambda: own.update(logits, feats, mask=mask), backend="eager")
-    compiled()
-    assert_statistics(own.statistics, before.statistics)
+    for add in (compiled, lambda: own.update(logits, feats, mask=mask)):
+        add()
+        assert_statistics(own.statistics, before.statistics)
 
 
 # Stored and moved

@@ -1,5 +1,6 @@
 """Argument checks whose errors name the argument, what was expected and what came."""
 
+import inspect
 import math
 import numbers
 import warnings
@@ -152,8 +153,16 @@ def same_view(name: str, grid: Sequence[int], other: str, other_grid: Sequence[i
         warnings.warn(
             f"{name} and {other} are on grids of {H} x {W} and {h} x {w}, whose aspect ratios are not those of one "
             "image: axes are read as (N, channels, H, W)",
-            stacklevel=2,
+            stacklevel=_level_of_the_caller(),
         )
+
+
+def _level_of_the_caller() -> int:
+    """How many frames above the one that warns the first is that is neither of this library nor of torch."""
+    frame, level = inspect.currentframe(), 0
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("dlprop", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def target_features(feats: Tensor, target_feats: Any) -> None:
@@ -167,8 +176,11 @@ def target_features(feats: Tensor, target_feats: Any) -> None:
         raise ValueError(f"feats and target_feats must have the same channels D, got {D} and {other}")
 
 
-def sources(logits: Any, feats: Any, mask: Any) -> None:
-    """Raise unless logits and features are of one kind, of as many pixels where flat, and ``mask`` leaves a source."""
+def sources(logits: Any, feats: Any, mask: Any, *, may_be_none: bool = False) -> None:
+    """Raise unless logits and features are of one kind, of as many pixels where flat, and ``mask`` leaves a source.
+
+    With `may_be_none` it may leave none.
+    """
     pixels("logits", logits, "N, C, H, W")
     pixels("feats", feats)
     same_kind("logits", logits, "feats", feats)
@@ -180,7 +192,7 @@ def sources(logits: Any, feats: Any, mask: Any) -> None:
     same_view("logits", logits.shape[2:], "feats", feats.shape[2:])
     if mask is not None:
         pixel_mask(mask, "logits", (logits.shape[0], *logits.shape[2:]), logits)
-        if mask.numel() and values_are_known(mask) and not mask.any():
+        if not may_be_none and mask.numel() and values_are_known(mask) and not mask.any():
             raise ValueError(
                 f"mask must leave at least one source, got {tuple(mask.shape)} without a single True; skip the call "
                 "where there is nothing to propagate"

@@ -73,10 +73,8 @@ def difference(x: Tensor, order: int, dim: int, scheme: Scheme) -> Tensor:
     if order == 0:
         return x
     y = at_least_float32(x)
-    if scheme == "forward":
-        y = torch.diff(y, n=order, dim=dim)
-    elif scheme == "laplacian":
-        y = torch.diff(y, n=2 * order, dim=dim)
+    if scheme in ("forward", "laplacian"):
+        y = torch.diff(y, n=order * STEP[scheme], dim=dim)
     else:
         for _ in range(order):
             length = y.shape[dim] - STEP[scheme]

@@ -68,7 +68,8 @@ class DerivativeLoss(nn.Module):
 
     Cost:
         "l1": time 4 M^2 D an image and order against features, 3 M^2 D against labels, value and gradient together; on
-        CPUs in eager mode labels at order 0 take O(M D) where features are known to be non-negative with sum 1. Memory
+        CPUs in eager mode labels at order 0 take O(M D) where features are known to be non-negative with sum 1, with
+        another of the subgradients where a feature is 0. Memory
         O(M D): at its peak six times the features (two orders). With `num_anchors=K`: time O(M K D).
         Against features, torch's setting "medium" for float32 products takes bfloat16 for those over pairs on CPUs
         where torch does, which is slower where the processor only emulates it, and "high" two of it for a float32 on
@@ -109,6 +110,9 @@ class DerivativeLoss(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self._check_options()
+
+    def _check_options(self) -> None:
         self.max_order = _checks.integer("max_order", self.max_order, 0)
         self.eta = _checks.real("eta", self.eta, 0.0)
         _checks.choice("norm", self.norm, Norm)
@@ -236,6 +240,8 @@ class DerivativeLoss(nn.Module):
         return self.normalize == "softmax" or (self.normalize == "l1" and bool(V.detach().amin() >= 0))
 
     def _check_tensors(self, feats: Tensor, target: Tensor, mask: Tensor | None) -> None:
+        if not torch.compiler.is_compiling():
+            self._check_options()  # they are attributes, which anyone may set
         _checks.pixels("feats", feats)
         D, taken = feats.shape[1], (self.max_order + 1) * STEP[self.scheme]
         if taken >= D:

@@ -55,7 +55,8 @@ def derivative_label_propagation(
             allowed. None means `feats`.
         mask: bool on the logits' grid, `(N, H, W)` or `(N, M)`. False sources give nothing and count nowhere, True
             ones count alike on every grid; the features of either must be finite. A mask without a single True is an
-            error for CPU tensors in eager mode; elsewhere it gives zeros, or a classifier's equal probabilities.
+            error for CPU tensors in eager mode; elsewhere it gives zeros, or a classifier's equal probabilities
+            (an image of a batch that it leaves none, likewise).
         affinity: an object of `dlprop.affinity`, or "linear", "softmax", "ridge" or "discriminant" for one with its
             defaults, or "attention" for `Softmax(over="sources", normalize=None, similarity="cosine", weights=(10.0,
             10.0))`.
@@ -81,7 +82,8 @@ def derivative_label_propagation(
             come last (eager mode; grids of 8 x 8 and more).
 
     Cost:
-        That of the affinity, and O(M C) for the resizes.
+        That of the affinity, and O(M C (h + w)) at most for the resizes, which are products with interpolation
+        matrices.
 
     Example:
         >>> logits = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])  # N=1, C=2, M=3: the last pixel is undecided

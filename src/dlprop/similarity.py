@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._precision import working_dtype
+from ._precision import exact, working_dtype
 from .difference import STEP, Scheme, difference
 from .features import Normalize, flatten, normalize_features
 
@@ -84,13 +84,14 @@ def derivative_similarity(
         rows = columns if target_feats is None else differences(feats)
     dtype = working_dtype(rows, columns)
     rows, columns = rows.mT.to(dtype), columns.mT.to(dtype)
-    if similarity == "gaussian":
-        # Distances do not change with the origin, and squares about the mean cancel least.
-        origin = rows.detach().mean(dim=1, keepdim=True).nan_to_num(0, 0, 0)
-        rows, columns = rows - origin, columns - origin
-        lengths, others = (x.square().sum(dim=2, keepdim=True) for x in (rows, columns))
-        return torch.exp(rows @ columns.mT - (lengths + others.mT) / 2).to(feats.dtype)
-    return (rows @ columns.mT).to(feats.dtype)
+    with exact(feats):
+        if similarity == "gaussian":
+            # Distances do not change with the origin, and squares about the mean cancel least.
+            origin = rows.detach().mean(dim=1, keepdim=True).nan_to_num(0, 0, 0)
+            rows, columns = rows - origin, columns - origin
+            lengths, others = (x.square().sum(dim=2, keepdim=True) for x in (rows, columns))
+            return torch.exp(rows @ columns.mT - (lengths + others.mT) / 2).to(feats.dtype)
+        return (rows @ columns.mT).to(feats.dtype)
 
 
 def _query_pixels(feats: Tensor, query: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 Nothing here touches torch, so that it can serve as ground truth for what the torch path computes.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal, cast
 
@@ -191,8 +190,6 @@ def _stencil(D: int, order: int, scheme: str, name: str = "order") -> tuple[tupl
             f"{name} * step = {order} * {step} = {order * step} must be below D = {D} for scheme {scheme!r}; "
             "lower the order or widen the features"
         )
-    if scheme == "forward":
-        return tuple((-1.0) ** (order - p) * math.comb(order, p) for p in range(order + 1)), step
     coefficients: list[float] = [1.0]
     for _ in range(order):
         coefficients = cast("list[float]", np.convolve(coefficients, _STENCILS[scheme]).tolist())

@@ -12,7 +12,7 @@ from .. import _checks
 from .._checks import transforms_active
 from .._kernels.moments import Statistics, or_one
 from ..difference import Scheme, metric
-from ..features import Normalize, Pixels, normalize_features
+from ..features import Normalize, Pixels
 from ..statistics import image_statistics
 from ..theory import Matrix, derivative_metric
 from ._orders import Orders
@@ -45,11 +45,7 @@ class Classifier(Orders):
     def prepared(self, sources: Pixels, targets: Pixels) -> tuple[Pixels, Pixels]:
         """Both with normalised features, checked."""
         self.check_channels(sources.feats)
-        if self.normalize is None:
-            return sources, targets
-        V = normalize_features(sources.feats, self.normalize)
-        same = targets.feats is sources.feats
-        W = V if same else normalize_features(targets.feats, self.normalize)
+        V, W = self.normalized_at_points(sources, targets)
         return replace(sources, feats=V), replace(targets, feats=W)
 
     def statistics_of(self, sources: Pixels, weights: Tensor, *, are_shares: bool = False) -> Statistics:

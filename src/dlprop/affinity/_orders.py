@@ -37,10 +37,14 @@ class Orders:
 
     def normalized(self, sources: Pixels, targets: Pixels) -> tuple[Tensor, Tensor]:
         """The features of both, normalised and then brought to their pixels: one tensor if they are the same."""
-        V = sources.upsample(normalize_features(sources.feats, self.normalize))
-        if targets.feats is sources.feats:
-            return V, V
-        return V, targets.upsample(normalize_features(targets.feats, self.normalize))
+        V, W = self.normalized_at_points(sources, targets)
+        upsampled = sources.upsample(V)
+        return upsampled, upsampled if W is V else targets.upsample(W)
+
+    def normalized_at_points(self, sources: Pixels, targets: Pixels) -> tuple[Tensor, Tensor]:
+        """The normalised features of both on their own grids: one tensor if they are the same."""
+        V = normalize_features(sources.feats, self.normalize)
+        return V, V if targets.feats is sources.feats else normalize_features(targets.feats, self.normalize)
 
     def unit_differences(self, V: Tensor) -> list[Tensor]:
         """The differences of every order with unit length, whose products are the cosine, Eq. 15-16."""

@@ -78,10 +78,8 @@ class Linear(Orders):
     def _dot(self, L: Tensor, sources: Pixels, targets: Pixels) -> Tensor:
         """`((L V^T) K) V'`; the norms of the pixels fold into `L` and into the output."""
         L, V, W = sources.gather(L), sources.feats, targets.feats
-        if self.normalize == "softmax":
-            V = V.softmax(dim=1)
-            W = V if targets.feats is sources.feats else W.softmax(dim=1)
         if self.normalize in ("softmax", None):
+            V, W = self.normalized_at_points(sources, targets)
             return targets.upsample(low_rank(L, V, W, self.weights, self.scheme))
         p = 1 if self.normalize == "l1" else 2
         norm = inverse_norm(V, p)
