@@ -15,7 +15,9 @@ from importlib import import_module
 from .errors import CheckpointError, ConfigError, DataError, DivergedError
 
 DONE, BAD_INPUT, DIVERGED, INTERRUPTED, PIPE_CLOSED = 0, 2, 3, 130, 141
-UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
+UNWRITABLE = (
+    *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EROFS),
+)
 
 # Name -> (module, one line of help). The module has `add_<name>_arguments(parser)` and `<name>_command(arguments)`, and
 # is imported for its own command alone: what they need takes seconds to import.

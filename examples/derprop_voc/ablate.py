@@ -123,9 +123,16 @@ def is_done(job: Job) -> bool:
     path = job.out / "results.json"
     if not path.is_file():
         return False
-    for name, theirs, ours in changed_options(read_results(job)["config"], job.config):
+    found = read_results(job)["config"]
+    for name, theirs, ours in [*changed_options(found, job.config), *_changed_files(found, job.config)]:
         raise ConfigError(f"{path}: {name} is {theirs!r} there, {ours!r} here; choose another --out")
     return True
+
+
+def _changed_files(theirs: Mapping[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
+    """What a resumed run may read from another place, and a table may not."""
+    pairs = [(name, theirs.get(name), getattr(config, name)) for name in ("data", "weights")]
+    return [pair for pair in pairs if Path(str(pair[1])).name != Path(pair[2]).name]
 
 
 def command(job: Job) -> list[str]:

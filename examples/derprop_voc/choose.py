@@ -41,7 +41,7 @@ from .model import Output
 from .pooled import Pooled, pooled_propagation, shares, tau_of
 from .progress import make_bar
 from .rectification import adjusted
-from .scoring import add_data_arguments, data_overrides
+from .scoring import add_data_arguments, check_class_names, data_overrides
 from .sources import Item, find_source
 
 P, CONTROL = "P", "logit adjustment"
@@ -119,10 +119,15 @@ def held_out(finished: Finished, images: Path, overrides: Mapping[str, Any]) -> 
     """
     config = make_config(finished.config.to_dict() | dict(overrides))
     source = find_source(config)
+    if source.class_names:
+        check_class_names(finished, source.class_names)
     items = read_list(images, source.root, source.item)
-    places = find_places(config, source)
-    trained = [places.labeled, *([] if config.variant == "supervised" else [places.unlabeled])]
-    for place in trained:
+    # The run's own partition whatever --partition says, where it lies in the data set as it is now.
+    of_run = replace(config, partition=finished.config.partition)
+    places = [find_places(at, source) for at in (config, of_run) if at is config or source.has_partition(at.partition)]
+    trained = [place.labeled for place in places]
+    trained += [] if config.variant == "supervised" else [place.unlabeled for place in places]
+    for place in dict.fromkeys(trained):
         known = {item.image.resolve() for item in read_list(place, source.root, source.item)}
         seen = [item.name for item in items if item.image.resolve() in known]
         if seen:
@@ -185,7 +190,7 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """The confusion matrices (images, C, C) of every setting, by its name."""
     C = len(finished.class_names)
-    of_tau = pools(kept, C, sorted({setting.tau for setting in settings}))
+    of_tau = pools(kept, C, sorted({0.0, *(setting.tau for setting in settings if setting.propagates)}))
     methods = {}
     for setting in settings:
         config = with_propagation(finished.config, setting.options)

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -304,6 +305,8 @@ def add_clips_arguments(parser: argparse.ArgumentParser) -> None:
 def clips_command(arguments: argparse.Namespace) -> None:
     """Chooses, measures, and writes JSON and a table; goes on where an interrupted call has stopped."""
     runs, path, result = begin(arguments, "clips", choose_on=arguments.choose_on, second=arguments.second)
+    if len({Path(run.config.data).resolve() for run in runs}) > 1:
+        raise ConfigError("runs: expected runs of one data set, whose networks are averaged")
     if "chosen" not in result:
         result |= {"chosen": choose(make_clip(runs[0], arguments.choose_on)), "figures": {}}
         write_json(path, result)

@@ -149,8 +149,10 @@ def complete_command(arguments: argparse.Namespace) -> None:
     """Completes a folder and says what was written."""
     if not 0 <= arguments.alpha <= 1:
         raise ConfigError(f"alpha: expected 0 to 1, got {arguments.alpha}")
-    if arguments.sharpness <= 0 or arguments.position < 0 or arguments.steps < 1:
+    if not (arguments.sharpness > 0 and arguments.position >= 0 and arguments.steps >= 1):
         raise ConfigError("sharpness, position, steps: expected above 0, at least 0 and at least 1")
+    if arguments.only_labelled and arguments.run is None:
+        raise ConfigError("only_labelled: without a run there are no other classes than those labelled; leave it out")
     images = list_images(arguments.images)
     if arguments.out.resolve() in (arguments.images.resolve(), arguments.labels.resolve()):
         raise ConfigError(f"out: expected another folder than those of images and labels, got {arguments.out}")

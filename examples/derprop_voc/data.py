@@ -84,8 +84,8 @@ def load_data(config: Config) -> Data:
     if highest < 0:
         raise DataError(f"{places.labeled}: expected labelled pixels, found only void ({VOID})")
     names = source.class_names or tuple(str(index) for index in range(known or highest + 1))
-    for item in val:
-        check_mask(item, len(names), source.missing_mask)
+    if max(check_mask(item, len(names), source.missing_mask) for item in val) < 0:
+        raise DataError(f"{places.val}: expected labelled pixels, found only void ({VOID})")
     measured = config.measure_pseudo_labels and all(item.mask.is_file() for item in unlabeled)
     for item in unlabeled:
         if measured:

@@ -17,6 +17,7 @@ from .clicks import draw_labels
 from .complete import Completion, dense_labels
 from .config import Config, make_config, read_yaml
 from .data import VOID, SegmentationDataset, load_data
+from .errors import ConfigError
 from .evaluate import make_metric
 from .files import versions, write_bytes, write_json
 from .panels import class_colours, draw_panel
@@ -65,6 +66,8 @@ def demo_configs(out: Path, *, seed: int, threads: int, steps: int) -> dict[str,
 
 def demo_command(arguments: argparse.Namespace) -> None:
     """Writes scenes, trains every run on them, clicks on the validation scenes, prints the table and draws."""
+    if arguments.steps < 1:
+        raise ConfigError(f"steps: expected at least 1, got {arguments.steps}")
     start = time.perf_counter()
     out: Path = arguments.out
     scores: dict[int, Scores] = {}

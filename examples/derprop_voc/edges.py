@@ -251,8 +251,8 @@ def edges_command(arguments: argparse.Namespace) -> None:
     methods = {
         family: partial(FAMILIES[family][0], **setting) for family, setting in result["choice"]["chosen"].items()
     }
-    for data in dict.fromkeys(run.config.data for run in runs):
-        name, of_data = Path(data).name, [run for run in runs if run.config.data == data]
+    for name in dict.fromkeys(Path(run.config.data).name for run in runs):
+        of_data = [run for run in runs if Path(run.config.data).name == name]
         if name in result["data"]:
             continue
         num_classes = len(of_data[0].class_names)

@@ -63,7 +63,9 @@ def make_images(finished: Finished, *, chosen: bool, count: int = CHOSEN_ON) -> 
     """So many validation images of a run, or of its unlabelled training images with masks, spread evenly; 0: all."""
     config = finished.config
     data = load_data(replace(config, variant="no_propagation") if chosen else config)
-    items = [item for item in data.unlabeled if item.mask.is_file()] if chosen else data.val
+    seen = {item.image for item in data.labeled}  # a published list may hold an image twice
+    unseen = [item for item in data.unlabeled if item.mask.is_file() and item.image not in seen]
+    items = unseen if chosen else data.val
     if chosen and not items:
         raise ConfigError(f"runs: expected masks for some unlabelled images of {config.data}, to choose settings by")
     if 0 < count < len(items):
@@ -86,19 +88,31 @@ def begin(arguments: argparse.Namespace, kind: str, **asked: Any) -> tuple[list[
     """The runs, the JSON file of a command, and what an interrupted call with the same runs and options left there.
 
     Raises:
-        ConfigError: for two runs of one name, and for a file that another call has left.
+        ConfigError: for two runs or two data sets of one name, and for a file that another call has left or that is
+            damaged.
     """
     runs = load_finished([folder / "latest.pt" for folder in arguments.runs], make_device("cpu", arguments.threads))
     names = [run_name(run) for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"runs: expected folders of different names, by which results are kept, got {twice} twice")
+    places: dict[str, Path] = {}
+    for run in runs:
+        place = Path(run.config.data).resolve()
+        if places.setdefault(place.name, place) != place:
+            raise ConfigError(
+                f"runs: expected data sets of different names, by which results are kept, got {places[place.name]} "
+                f"and {place}"
+            )
     contents = (hashlib.sha256(run.path.read_bytes()).hexdigest()[:12] for run in runs)
     call = {"runs": dict(zip(names, contents, strict=True)), **asked}
     path = arguments.out / f"{kind}.json"
     if not path.is_file():
         return runs, path, {"versions": versions(), "call": call}
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ConfigError(f"out: {path} is no whole JSON file; take another folder, or remove it") from None
     if result.get("call") != call:
         raise ConfigError(f"out: {path} holds results of other runs or options; take another folder, or remove it")
     return runs, path, result

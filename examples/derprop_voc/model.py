@@ -83,7 +83,11 @@ def _torchvision_backbone(name: str, weights: str, output_stride: int) -> Backbo
     model = models.get_model(name, replace_stride_with_dilation=[False, output_stride == 8, True])
     members = models.get_model_weights(name).__members__
     if weights in members:
-        model.load_state_dict(models.get_model_weights(name)[weights].get_state_dict(progress=True, check_hash=True))
+        try:
+            values = models.get_model_weights(name)[weights].get_state_dict(progress=True, check_hash=True)
+        except OSError as error:  # no connection, for one
+            raise ConfigError(f"weights: {weights} could not be downloaded ({error}); give a file") from None
+        model.load_state_dict(values)
     elif weights not in UNTRAINED:
         if not Path(weights).is_file():
             raise ConfigError(f"weights: expected none, {', '.join(members)} or a file, got {weights!r}")

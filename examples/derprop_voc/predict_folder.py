@@ -2,7 +2,7 @@
 
 import argparse
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +133,19 @@ def list_images(place: Path, config: Config | None = None) -> list[Path]:
         paths = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise DataError(f"{place}: expected {', '.join(IMAGE_SUFFIXES)} files, found none")
-    stems: dict[str, Path] = {}
+    check_stems(paths)
     for path in paths:
         check_image(path)
+    return paths
+
+
+def check_stems(paths: Iterable[Path]) -> None:
+    """Raises `DataError` for two images with one stem, whose pictures would be one file."""
+    stems: dict[str, Path] = {}
+    for path in paths:
         other = stems.setdefault(path.stem, path)
         if other != path:
-            raise DataError(f"{path}: expected one image a name, found {other.name} beside it")
-    return paths
+            raise DataError(f"{path}: expected one image a name, found {other} as well")
 
 
 def root_of(place: Path) -> Path | None:

@@ -116,10 +116,7 @@ def score_checkpoints(
     config = make_config(finished[0].config.to_dict() | dict(overrides or {}))
     data = validation_data(config)
     for item in finished:
-        if item.class_names != data.class_names:
-            raise ConfigError(
-                f"class_names: {item.path} was made with {list(item.class_names)}, found {list(data.class_names)}"
-            )
+        check_class_names(item, data.class_names)
     start = time.perf_counter()
     checkpoints, kept = [], {}
     windows: dict[str, Any] = {"mode": mode, "window": window or 0}
@@ -160,6 +157,14 @@ def _settled(name: str, given: Value | None, own: Sequence[Value]) -> Value:
         found = ", ".join(map(str, dict.fromkeys(own)))
         raise ConfigError(f"{name}: the checkpoints were made with {found}; choose one with --{name}")
     return own[0] if given is None else given
+
+
+def check_class_names(finished: Finished, names: Sequence[str]) -> None:
+    """Raises `ConfigError` unless the data set has the network's classes, in their order."""
+    if finished.class_names != tuple(names):
+        raise ConfigError(
+            f"class_names: {finished.path} was made with {list(finished.class_names)}, found {list(names)}"
+        )
 
 
 def validation_data(config: Config) -> Data:

@@ -80,6 +80,10 @@ class Source:
         """Folder of the partitions that have a name."""
         return lists_folder(self.root)
 
+    def has_partition(self, name: str) -> bool:
+        """Whether `partition` finds it."""
+        return any(path.is_dir() for path in (self.lists / name, Path(name)))
+
     def partition(self, name: str) -> Path:
         """The folder of a partition: one of `lists`, or any path."""
         place = next((path for path in (self.lists / name, Path(name)) if path.is_dir()), None)
@@ -128,12 +132,8 @@ def read_lines(place: Path) -> list[list[str]]:
         return _city_lines(place)
     if not place.is_file():
         raise DataError(f"{place}: expected a list of images, found no such file")
-    try:
-        text = place.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{place}: expected a list of images, found a file that is not UTF-8 text") from None
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_text(place, "a list of images").splitlines(), 1):
         words = line.split()
         if len(words) > 2:
             raise DataError(f"{place}, line {number}: expected an id, or an image and a mask, found {len(words)} words")
@@ -142,6 +142,13 @@ def read_lines(place: Path) -> list[list[str]]:
     if not lines:
         raise DataError(f"{place}: expected one image a line, found an empty list")
     return lines
+
+
+def _text(path: Path, expected: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: expected {expected}, found a file that is not UTF-8 text") from None
 
 
 def folder_item(root: Path, words: Sequence[str]) -> Item:
@@ -218,9 +225,18 @@ def _folder(config: Config) -> Source:
         raise DataError(
             f"{root}: expected VOC layout, images in JPEGImages and masks in SegmentationClass, found neither"
         )
-    path = root / "classes.txt"
-    names = tuple(path.read_text(encoding="utf-8").rstrip().splitlines()) if path.is_file() else ()
-    return Source(root, folder_item, lists_folder(root) / "train.txt", lists_folder(root) / "val.txt", names)
+    lists, names = lists_folder(root), _class_names(root / "classes.txt")
+    return Source(root, folder_item, lists / "train.txt", lists / "val.txt", names)
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        return ()
+    names = tuple(_text(path, "class names").rstrip().splitlines())
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: expected a name of its own for every class, found {twice!r} twice")
+    return names
 
 
 def _voc(config: Config) -> Source:

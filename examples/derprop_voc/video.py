@@ -28,7 +28,7 @@ from .evaluate import make_metric, summarise
 from .files import write_json
 from .image_features import add_features_arguments, make_describe, mask_of
 from .panels import class_colours
-from .predict_folder import draw_legend, list_images, overlay, palette_image, root_of, write_png
+from .predict_folder import check_stems, draw_legend, list_images, overlay, palette_image, root_of, write_png
 from .progress import make_bar
 from .sources import Item
 
@@ -69,12 +69,12 @@ class Carrying:
 
     def __post_init__(self) -> None:
         for name in ("position", "radius", "last", "threshold", "doubt"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN is not
                 raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("every", "steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.sharpness <= 0:
+        if not self.sharpness > 0:
             raise ConfigError(f"sharpness: expected above 0, got {self.sharpness}")
 
     @property
@@ -273,7 +273,9 @@ def video_command(arguments: argparse.Namespace) -> None:
             f"note: the given masks hold class 0 alone, so that is all there is to carry; {VOID} is no class but void"
         )
     # Masks that are for scores alone are looked at now, not after all frames.
-    highest = max(check_mask(item, VOID) for item in items if item.mask.is_file())
+    with_truth = {number: check_mask(item, VOID) for number, item in enumerate(items) if item.mask.is_file()}
+    with_truth = {number: label for number, label in with_truth.items() if label >= 0}  # not void alone
+    highest = max(with_truth.values())
     names, device, describe = make_describe(arguments, highest, arguments.masks or arguments.frames, of_backbone=True)
     given = {numbers[name]: torch.from_numpy(read_mask(items[numbers[name]])).to(device) for name in chosen}
     colours = np.full((VOID + 1, 3), 255, np.uint8)  # void is white; a shorter palette would make PNG cut its id
@@ -294,9 +296,7 @@ def video_command(arguments: argparse.Namespace) -> None:
         write_png(arguments.out / f"{item.name}_overlay.png", overlay(picture, colours[labels], arguments.alpha))
     draw_legend(arguments.out / "legend.png", names)
     print(f"{len(items)} frames, {seconds:.2f} s each: masks, overlays and legend.png are in {arguments.out}")
-    predicted = {
-        number: labels for number, labels in ids.items() if number not in given and items[number].mask.is_file()
-    }
+    predicted = {number: ids[number] for number in with_truth if number not in given}
     if predicted:
         scores = score_clip(predicted, items, names)
         write_json(arguments.out / "scores.json", scores)
@@ -322,6 +322,7 @@ def find_frames(place: Path, masks: Path | None) -> list[Item]:
         items = read_list(place, root_of(place) or place.parent)
         if masks is not None:
             items = [Item(item.name, item.image, mask_of(masks, item.name)) for item in items]
+    check_stems(item.image for item in items)
     size = check_image(items[0].image)
     for item in items:
         found = check_image(item.image)
@@ -334,7 +335,7 @@ def find_frames(place: Path, masks: Path | None) -> list[Item]:
 
 
 def score_clip(predicted: Mapping[int, Tensor], items: Sequence[Item], names: Sequence[str]) -> dict[str, Any]:
-    """MIoU over all predicted frames, IoU of each class, and the mIoU of each frame by its number."""
+    """MIoU over all predicted frames, IoU of each class, and by its number the mIoU of each frame with some truth."""
     whole, frames = make_metric(len(names)), {}
     for number, labels in sorted(predicted.items()):
         check_mask(items[number], len(names))
@@ -342,5 +343,6 @@ def score_clip(predicted: Mapping[int, Tensor], items: Sequence[Item], names: Se
         one = make_metric(len(names))
         for metric in (whole, one):
             metric.update(labels[None].cpu(), truth)
-        frames[str(number)] = one.compute()["miou"].item()
+        if (truth != VOID).any():
+            frames[str(number)] = one.compute()["miou"].item()
     return summarise(whole, names) | {"frames": frames}

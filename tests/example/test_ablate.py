@@ -88,15 +88,16 @@ def test_shipped_grids_are_valid(tmp_path):
 
 
 def test_finished_runs_are_kept_if_they_are_of_the_same_options(tmp_path):
-    job = make_jobs({}, GRID, [0], tmp_path)[0]
+    job = make_jobs({"data": "here/camvid"}, GRID, [0], tmp_path)[0]
     assert not is_done(job)
     finish(job, 0.5)
     assert is_done(job)
-    moved = make_jobs({"data": "elsewhere", "threads": 2}, GRID, [0], tmp_path)[0]
+    moved = make_jobs({"data": "elsewhere/camvid", "threads": 2}, GRID, [0], tmp_path)[0]
     assert is_done(moved)
-    other = make_jobs({"lr": 0.5}, GRID, [0], tmp_path)[0]
-    with pytest.raises(ConfigError, match=r"results\.json: lr is 0\.001 there, 0\.5 here; choose another --out"):
-        is_done(other)
+    for name, theirs, ours in (("lr", 0.001, 0.5), ("data", "here/camvid", "here/voc"), ("weights", "none", "a.pth")):
+        other = make_jobs({"data": "here/camvid", name: ours}, GRID, [0], tmp_path)[0]
+        with pytest.raises(ConfigError, match=f"results.json: {name} is {theirs!r} there, {ours!r} here; choose anoth"):
+            is_done(other)
 
 
 def test_table_has_means_and_standard_deviations(tmp_path):
