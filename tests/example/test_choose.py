@@ -161,6 +161,16 @@ def test_choose_refuses_images_the_network_was_trained_on(finished, tmp_path, ca
     error = refused("--images", str(mixed))
     assert "expected images that the network was not trained on, found 2 of " in error
     assert f"labeled.txt, {first} the first" in error
+    other = tmp_path / "other"  # a partition in which the run's own images are not labelled
+    other.mkdir()
+    (other / "labeled.txt").write_text(names.split()[0])
+    error = refused("--images", str(partition / "labeled.txt"), "--partition", str(other))
+    assert f"{partition / 'labeled.txt'}, {first} the first" in error
+    classes = (data / "classes.txt").read_text().split()
+    (data / "classes.txt").write_text("\n".join(classes[::-1]))
+    error = refused("--images", str(data / "ImageSets" / "Segmentation" / "val.txt"))
+    (data / "classes.txt").write_text("\n".join(classes))
+    assert f"class_names: {out / 'latest.pt'} was made with {classes}, found {classes[::-1]}" in error
     assert "images: expected two images at least, to tell a gain from chance, got 1" in refused("--images", str(single))
     assert "none.txt: expected a list of images, found no such file" in refused("--images", str(tmp_path / "none.txt"))
     assert not (tmp_path / "out").exists()

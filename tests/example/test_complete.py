@@ -216,6 +216,8 @@ def test_what_a_folder_may_lack(folders, trained, capsys):
         assert not out.exists()
 
     refused(message="weights: expected a file or timm for a frozen backbone")
+    refused("--only-labelled", message="only_labelled: without a run there are no other classes")
+    refused("--run", str(trained), "--sharpness", "nan", message="sharpness, position, steps: expected above 0")
     refused("--run", str(trained), "--steps", "0", message="steps: expected")
     Image.fromarray(np.full((40, 48), VOID, np.uint8)).save(first)
     refused("--run", str(trained), message=f"{first}: expected at least one labelled pixel")
@@ -265,6 +267,22 @@ def test_the_measurement(scenes, trained, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "clicks.json").read_text()) == result
 
 
+def test_settings_are_chosen_on_images_that_were_not_labelled(scenes, trained):
+    """A published list may hold an image twice, labelled and not."""
+    lists = scenes / "ImageSets" / "Segmentation" / "demo"
+    unlabeled = (lists / "unlabeled.txt").read_text()
+    labeled = (lists / "labeled.txt").read_text()
+    (lists / "unlabeled.txt").write_text(unlabeled + labeled)
+    for name in unlabeled.split():
+        Image.fromarray(np.zeros((40, 48), np.uint8)).save(scenes / "SegmentationClass" / f"{name}.png")
+    (finished,) = load_finished([trained / "latest.pt"], torch.device("cpu"))
+    chosen = measuring.make_images(finished, chosen=True)
+    (lists / "unlabeled.txt").write_text(unlabeled)
+    for name in unlabeled.split():
+        (scenes / "SegmentationClass" / f"{name}.png").unlink()
+    assert [item.name for item in chosen.items] == unlabeled.split()
+
+
 def test_results_of_another_call_are_not_gone_on_from(scenes, trained, tmp_path, monkeypatch, capsys):
     """Neither two runs of one name, nor other options or weights than those that the file was begun with."""
     measured = []
@@ -285,11 +303,21 @@ def test_results_of_another_call_are_not_gone_on_from(scenes, trained, tmp_path,
     assert f"different names, by which results are kept, got {trained.name} twice" in capsys.readouterr().err
     assert not measured
     other = twin.rename(tmp_path / "other")
+    checkpoint = torch.load(other / "latest.pt", weights_only=True)
+    elsewhere = tmp_path / "elsewhere" / scenes.name
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"data": str(elsewhere)}}, other / "latest.pt")
+    assert call(trained, other) == BAD_INPUT
+    assert f"data sets of different names, by which results are kept, got {scenes} and {elsewhere}" in (
+        capsys.readouterr().err
+    )
+    torch.save(checkpoint, other / "latest.pt")
     assert call(trained, other) == DONE
     assert set(measured) == {trained.name, "other"}
     for refused in (lambda: call(trained, other, images=2), lambda: call(trained)):
         assert refused() == BAD_INPUT
         assert "holds results of other runs or options" in capsys.readouterr().err
-    checkpoint = torch.load(other / "latest.pt", weights_only=True)
     torch.save(checkpoint | {"step": checkpoint["step"] + 1}, other / "latest.pt")
     assert call(trained, other) == BAD_INPUT
+    (tmp_path / "out" / "clicks.json").write_text("{")
+    assert call(trained, other) == BAD_INPUT
+    assert "clicks.json is no whole JSON file" in capsys.readouterr().err

@@ -376,6 +376,23 @@ def test_lists_of_other_editors(folder):
     (lists / "half" / "labeled.txt").write_bytes("ä".encode("latin-1"))
     with pytest.raises(DataError, match=r"labeled\.txt: expected a list of images, found a file that is not UTF-8"):
         load(folder, partition="half")
+    write_list(lists / "half" / "labeled.txt", "a")
+    (folder / "classes.txt").write_bytes("sky\r\nroad\r\ntree\r\n".encode("utf-8-sig"))
+    assert load(folder, partition="half").class_names == ("sky", "road", "tree")
+    (folder / "classes.txt").write_bytes("säule".encode("latin-1"))
+    with pytest.raises(DataError, match=r"classes\.txt: expected class names, found a file that is not UTF-8"):
+        load(folder, partition="half")
+    write_list(folder / "classes.txt", "sky", "road", "sky")
+    with pytest.raises(DataError, match=r"classes\.txt: expected a name of its own for every class, found 'sky' twice"):
+        load(folder, partition="half")
+
+
+@pytest.mark.parametrize("place", ["labeled.txt", "val.txt"])
+def test_void_alone_is_nothing_to_train_on_or_to_score(folder, place):
+    for name in {"labeled.txt": "abc", "val.txt": "yz"}[place]:
+        mask(folder / "SegmentationClass" / f"{name}.png", 255)
+    with pytest.raises(DataError, match=rf"{place}: expected labelled pixels, found only void"):
+        load(folder, partition="half")
 
 
 def test_a_partition_is_a_name_or_a_path(folder, tmp_path):

@@ -291,6 +291,15 @@ def test_masks_for_scores_may_hold_classes_that_no_given_frame_has(clip, tmp_pat
     assert scores["iou"][str(truth[0, 0])] == 0
 
 
+def test_frames_whose_truth_is_void_have_no_score(clip, tmp_path):
+    shutil.copytree(clip / "masks", tmp_path / "masks")
+    path = tmp_path / "masks" / "3.png"
+    Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
+    flags = ("--frames", clip / "frames", "--masks", tmp_path / "masks", "--out", tmp_path / "out", *backbone(clip))
+    command(add_video_arguments, video_command, *flags)
+    assert "3" not in json.loads((tmp_path / "out" / "scores.json").read_text())["frames"]
+
+
 def test_without_truth_there_are_no_scores(clip, tmp_path, capsys):
     (tmp_path / "masks").mkdir()
     blank = np.zeros_like(np.array(Image.open(clip / "masks" / "0.png")))
@@ -308,6 +317,8 @@ def test_without_truth_there_are_no_scores(clip, tmp_path, capsys):
     [
         (["--given", "7"], ConfigError, "given: expected names of frames, such as 0, got 7"),
         (["--alpha", "2"], ConfigError, "alpha: expected 0 to 1"),
+        (["--sharpness", "nan"], ConfigError, "sharpness: expected above 0, got nan"),
+        (["--doubt", "nan"], ConfigError, "doubt: expected at least 0, got nan"),
         (["--weights", "none"], ConfigError, "weights: expected a file or timm for a frozen backbone"),
         (["--class-names", "sky", "road"], DataError, "expected labels 0 to 1 or 255, found"),
         (["--enlarge", "0"], ConfigError, "enlarge: expected above 0, got 0.0"),
@@ -333,6 +344,11 @@ def test_frames_are_a_folder_or_a_list_and_of_one_size(clip, tmp_path):
     assert [item.mask for item in find_frames(place, tmp_path)[:2]] == [tmp_path / f"{items[0].name}.png", written]
     with pytest.raises(ConfigError, match="masks: expected the folder"):
         find_frames(clip / "frames", None)
+    twice = tmp_path / "twice.txt"
+    shutil.copy(items[0].image, items[0].image.with_name("0.png"))
+    twice.write_text(f"{clip / 'frames' / '0.png'}\n{items[0].image.with_name('0.png')}\n")
+    with pytest.raises(DataError, match="expected one image a name, found"):
+        find_frames(twice, None)
     Image.new("RGB", (9, 9)).save(items[1].image)
     with pytest.raises(DataError, match="frames of one size, 48x40, found 9x9"):
         find_frames(place, None)
@@ -358,6 +374,13 @@ def test_the_table_is_measured_and_goes_on_where_it_stopped(tmp_path, monkeypatc
     flags = ("--runs", *folders, "--second", "2", "--out", tmp_path / "out", "--threads", "1")
     with pytest.raises(ConfigError, match="choose_on: expected the start of names"):
         command(add_clips_arguments, clips_command, *flags, "--choose-on", "nothing")
+    other = tmp_path / "run_2"
+    shutil.copytree(folders[0], other)
+    checkpoint = torch.load(other / "latest.pt", weights_only=True)
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"data": str(tmp_path / "others")}}, other / "latest.pt")
+    several = ("--runs", folders[0], other, "--out", tmp_path / "several", "--choose-on", prefix)
+    with pytest.raises(ConfigError, match="runs: expected runs of one data set"):
+        command(add_clips_arguments, clips_command, *several)
     with pytest.raises(ConfigError, match="choose_on: expected pieces of 3 frames with some that"):
         command(add_clips_arguments, clips_command, *flags, "--choose-on", labeled)
     with pytest.raises(DataError, match="expected the mask of unl"):
