@@ -253,3 +253,9 @@ def test_two_classes_need_three_channels():
     order0, order1 = residuals(np.eye(2), np.array([0, 1]))
     assert order0 == 0
     assert order1 == 1
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, float("nan")), ("1.0", "x"), 2.0])
+def test_weights_of_the_metric_are_checked(weights):
+    with pytest.raises(ValueError, match="weights must hold|could not convert"):
+        theory.derivative_metric(4, 1, weights)

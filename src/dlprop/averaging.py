@@ -92,7 +92,11 @@ class MomentumAverager(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Move the average towards ``model``; see the class. `update` is the same method."""
+        """Move the average towards ``model``: `m` times the average plus `1 - m` times its weights. Also `update`.
+
+        Args:
+            model: the module that the averager was made from, or one like it, wrapped or not; errors as of the class.
+        """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         pairs = self._pairs(unwrap(model))

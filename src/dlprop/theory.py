@@ -39,6 +39,9 @@ def toeplitz_matrix(D: int, order: int, scheme: Scheme = "forward") -> Matrix:
     Raises:
         TypeError, ValueError: `D` or `order` is no int, `D < 1`, `order < 0`, an unknown scheme, `order * step >= D`.
 
+    Cost:
+        Time and memory O(D^2), as of all matrices here.
+
     Example:
         >>> toeplitz_matrix(4, 2)
         array([[ 1., -2.,  1.,  0.],
@@ -73,7 +76,10 @@ def derivative_metric(
         `K`, float64, `(D, D)`.
 
     Raises:
-        TypeError, ValueError: as `toeplitz_matrix`, or not `max_order + 1` weights.
+        TypeError, ValueError: as `toeplitz_matrix`, or not `max_order + 1` finite weights.
+
+    Cost:
+        Time O(Q D^3), memory O(D^2).
 
     Example:
         >>> derivative_metric(4, 1)
@@ -81,14 +87,16 @@ def derivative_metric(
                [-1.,  3., -1.,  0.],
                [ 0., -1.,  3., -1.],
                [ 0.,  0., -1.,  2.]])
+
+    Reference:
+        DerProp, Eq. 3 and 4: the sum over orders in matrix form.
     """
     _stencil(D, max_order, scheme, name="max_order")
-    if weights is None:
-        weights = (1.0,) * (max_order + 1)
-    if len(weights) != max_order + 1:
-        raise ValueError(f"weights must hold max_order + 1 = {max_order + 1} floats, got {len(weights)}")
+    given = np.ones(max_order + 1) if weights is None else np.asarray(weights, dtype=np.float64)
+    if given.shape != (max_order + 1,) or not np.isfinite(given).all():
+        raise ValueError(f"weights must hold max_order + 1 = {max_order + 1} finite floats, got {weights}")
     K = np.zeros((D, D))
-    for q, w in enumerate(weights):
+    for q, w in enumerate(given):
         A = toeplitz_matrix(D, q, scheme)
         K += w * (A.T @ A)
     return K
@@ -135,7 +143,16 @@ def lemma1_bound(D: int, order: int, scheme: Scheme = "forward") -> float:
     Equal to `2^q` for forward and sum once `D >= 2q + 1`, to `4^q` for laplacian and 1 for central once
     `D >= 4q + 1`; below these sizes no column holds the whole stencil and it is smaller.
 
-    Arguments and errors are those of `toeplitz_matrix`; the result is the largest absolute column sum of `A_q`.
+    Args:
+        D: channels.
+        order: order `q` of the difference.
+        scheme: as in `toeplitz_matrix`.
+
+    Returns:
+        The largest absolute column sum of `A_q`.
+
+    Raises:
+        TypeError, ValueError: as `toeplitz_matrix`.
 
     Example:
         >>> lemma1_bound(5, 2), lemma1_bound(4, 2)
@@ -155,6 +172,9 @@ def theorem2_bound(V: npt.ArrayLike, order: int) -> float:
     Args:
         V: features, `(D, M)`.
         order: order `q >= 2`.
+
+    Returns:
+        The right side, at least 0.
 
     Raises:
         TypeError, ValueError: `order` is no int, `V` is not two-dimensional, `order < 2`, or `order >= D`.

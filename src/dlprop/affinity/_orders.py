@@ -15,7 +15,16 @@ class Affinity(Protocol):
     """What `DerivativeLabelPropagation` asks of an affinity: any object with this method is one."""
 
     def propagate(self, sources: Pixels, targets: Pixels) -> Tensor:
-        """The propagated logits of the targets, `(N, C, M')`, from the logits and features of the sources."""
+        """The propagated logits of the targets from the logits and features of the sources.
+
+        Args:
+            sources: M pixels with logits `(N, C, M)` and features `(N, D, m)`, checked, in at least float32.
+            targets: M' pixels with features `(N, D, m')`.
+
+        Returns:
+            `(N, C, M')`, in the dtype of `sources.logits`. A page of the documentation, "Your own affinity", has an
+            example.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
