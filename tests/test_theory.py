@@ -257,5 +257,5 @@ def test_two_classes_need_three_channels():
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, float("nan")), ("1.0", "x"), 2.0])
 def test_weights_of_the_metric_are_checked(weights):
-    with pytest.raises(ValueError, match="weights must hold|could not convert"):
+    with pytest.raises(ValueError, match=r"weights must hold|could not convert"):
         theory.derivative_metric(4, 1, weights)
