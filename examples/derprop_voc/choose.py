@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from dlprop.statistics import ClassStatistics
 
@@ -35,7 +33,7 @@ from .choice import (
 from .config import make_config
 from .data import SegmentationDataset, check_mask, find_places, read_list, read_mask
 from .errors import ConfigError, DataError
-from .evaluate import confusion, gain, mean_iou, outputs
+from .evaluate import confusion, gain, labels_at, mean_iou, outputs
 from .files import versions, write_bytes, write_json, write_yaml
 from .model import Output
 from .pooled import Pooled, pooled_propagation, shares, tau_of
@@ -207,13 +205,9 @@ def measure(
                     scores = logits.softmax(1)
                 else:
                     scores = propagate.rectify(logits, output.feats, ramp=0.5 if is_blend else 1.0)
-                found[name].append(confusion(_labels(scores, truth), truth, C))
+                found[name].append(confusion(labels_at(scores, truth.shape).cpu(), truth, C))
             bar.update()
     return {name: np.stack(rows) for name, rows in found.items()}
-
-
-def _labels(scores: Tensor, truth: Tensor) -> Tensor:
-    return F.interpolate(scores, tuple(truth.shape), mode="bilinear", align_corners=True)[0].max(0).indices.cpu()
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------

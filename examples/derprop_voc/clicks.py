@@ -24,7 +24,7 @@ from dlprop.affinity import Ridge
 from .choice import Finished
 from .complete import CERTAIN, Clicks, Completion, classify, only_labelled
 from .data import VOID, Item, read_mask
-from .evaluate import make_metric
+from .evaluate import labels_at, make_metric
 from .files import write_bytes, write_json
 from .image_features import mean_logits, standardised
 from .measuring import Images, add_measuring_arguments, begin, images_of, make_images
@@ -305,9 +305,8 @@ def samples(sizes: Sizes, amount: str, draw: int) -> Iterator[tuple[Sample, Samp
 
 
 def _sample(images: Images, item: Item, labels: Tensor) -> Sample:
-    features = images.cached[item.image][None].float()
-    decoder, classifier = images.network(features).feats, images.network.classifier
-    return Sample(labels, decoder, standardised(features), classifier(decoder), classifier)
+    features, decoder, logits = images.describe(item)
+    return Sample(labels, decoder, standardised(features), logits, images.network.classifier)
 
 
 def score(sizes: Sizes, rows: dict[Any, Method], amount: str, draw: int) -> dict[Any, float]:
@@ -315,8 +314,7 @@ def score(sizes: Sizes, rows: dict[Any, Method], amount: str, draw: int) -> dict
     metrics = {name: make_metric(sizes.own.num_classes) for name in rows}
     for own, larger, truth in samples(sizes, amount, draw):
         for name, method in rows.items():
-            scores = F.interpolate(method(own, larger), truth.shape, mode="bilinear", align_corners=True)
-            metrics[name].update(scores[0].max(0).indices[None], truth[None].long())
+            metrics[name].update(labels_at(method(own, larger), truth.shape)[None], truth[None].long())
     return {name: 100 * metric.compute()["miou"].item() for name, metric in metrics.items()}
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Discriminant
@@ -27,7 +26,7 @@ from .clicks import BOTH, ENLARGED, LARGER, trained_layer
 from .complete import CERTAIN
 from .data import VOID, Item, check_mask, find_places, load_data, read_list, read_mask
 from .errors import ConfigError
-from .evaluate import make_metric
+from .evaluate import labels_at, make_metric
 from .files import write_bytes, write_json
 from .image_features import mean_logits, standardised
 from .measuring import add_measuring_arguments, begin, frozen_network, images_of, run_name
@@ -123,9 +122,8 @@ def enlarged(clip: Clip) -> Clip:
 def _frames(finished: Finished, items: Sequence[Item], enlarge: int = 1) -> Iterator[Frame]:
     images = images_of(finished, items, enlarge=enlarge)
     for item in items:
-        features = images.cached[item.image][None].float()
-        decoder = images.network(features).feats
-        yield Frame(item, standardised(features), (decoder,), images.network.classifier(decoder))
+        features, decoder, logits = images.describe(item)
+        yield Frame(item, standardised(features), (decoder,), logits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,8 +193,7 @@ def resized(clip: Clip, logits: Callable[[Frame], Tensor]) -> Iterator[tuple[int
     """The classes of logits (1, C, h, w) at the size of the labels."""
     size = tuple(clip.frames[0].truth.shape)
     for number, frame in enumerate(clip.frames[1:], 1):
-        out = F.interpolate(logits(frame), size, mode="bilinear", align_corners=True)
-        yield number, out[0].max(0).indices
+        yield number, labels_at(logits(frame), size)
 
 
 def methods(chosen: Mapping[str, dict[str, Any]], second: int) -> dict[str, Method]:

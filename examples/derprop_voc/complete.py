@@ -20,9 +20,10 @@ from dlprop.affinity import Discriminant, Softmax
 from .choice import add_machine_arguments
 from .data import VOID, check_mask, read_image, read_mask
 from .errors import ConfigError, DataError
+from .evaluate import labels_at
 from .image_features import add_features_arguments, make_describe, mask_of
 from .panels import class_colours
-from .predict_folder import draw_legend, list_images, overlay, palette_image, write_png
+from .predict_folder import add_alpha_argument, checked_alpha, draw_legend, list_images, write_pictures
 from .progress import make_bar
 from .sources import Item
 
@@ -120,8 +121,7 @@ class Completion:
 
 def dense_labels(completed: Tensor, labels: Tensor) -> Tensor:
     """Ids (H, W) of completed logits (1, C, h, w), with the given labels where there are some."""
-    dense = F.interpolate(completed, labels.shape, mode="bilinear", align_corners=True)[0].max(0).indices
-    return torch.where(labels == VOID, dense, labels.long())
+    return torch.where(labels == VOID, labels_at(completed, labels.shape), labels.long())
 
 
 def add_complete_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,15 +140,14 @@ def add_complete_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in (("sharpness", "of the attention"), ("position", "weight of the place"), ("steps", "of errors")):
         default = getattr(Completion, name)
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"with --run, {text} (%(default)s)")
-    parser.add_argument("--alpha", type=float, default=0.5, help="opacity of an overlay's colours (%(default)s)")
+    add_alpha_argument(parser)
     add_machine_arguments(parser)
 
 
 @torch.no_grad()
 def complete_command(arguments: argparse.Namespace) -> None:
     """Completes a folder and says what was written."""
-    if not 0 <= arguments.alpha <= 1:
-        raise ConfigError(f"alpha: expected 0 to 1, got {arguments.alpha}")
+    alpha = checked_alpha(arguments.alpha)
     if not (arguments.sharpness > 0 and arguments.position >= 0 and arguments.steps >= 1):
         raise ConfigError("sharpness, position, steps: expected above 0, at least 0 and at least 1")
     if arguments.only_labelled and arguments.run is None:
@@ -170,10 +169,7 @@ def complete_command(arguments: argparse.Namespace) -> None:
                 start = only_labelled(logits, Clicks(labels)) if arguments.only_labelled else logits
                 completed = completion(feats, labels, start)
             dense = dense_labels(completed, labels)
-            ids = dense.to("cpu", torch.uint8).numpy()
-            picture = read_image(item.image).permute(1, 2, 0).numpy()
-            write_png(arguments.out / f"{item.name}_mask.png", palette_image(ids, colours))
-            write_png(arguments.out / f"{item.name}_overlay.png", overlay(picture, colours[ids], arguments.alpha))
+            write_pictures(arguments.out, item.name, read_image(item.image), dense, colours, alpha)
             bar.update()
     draw_legend(arguments.out / "legend.png", names)
     print(f"{len(images)} images: masks, overlays and legend.png are in {arguments.out}")

@@ -163,8 +163,7 @@ def samples(images: Images) -> Iterator[tuple[Sample, Tensor]]:
     """Every image with its truth (H, W)."""
     with make_bar(len(images.items), images.name) as bar:
         for item in images.items:
-            features = images.network(images.cached[item.image][None].float()).feats
-            logits = images.network.classifier(features)
+            _, _, logits = images.describe(item)
             image = to_input(read_image(item.image))[None]
             yield Sample(logits, image, images.cached.size), torch.from_numpy(read_mask(item)).long()
             bar.update()

@@ -101,6 +101,12 @@ def _windows(size: int, window: int) -> list[slice]:
     return [slice(start, start + window) for start in starts]
 
 
+def labels_at(scores: Tensor, size: Sequence[int]) -> Tensor:
+    """Class ids (H, W) of scores (1, C, h, w) resized to `size`."""
+    resized = F.interpolate(scores, tuple(size), mode="bilinear", align_corners=True)[0]
+    return resized.max(0).indices  # four times faster than `argmax` over a dimension that is not the last
+
+
 def predict(
     network: nn.Module,
     propagate: DerivativeLabelPropagation,
@@ -112,9 +118,8 @@ def predict(
     window: int = 0,
 ) -> dict[str, Tensor]:
     """Class ids (H, W) of every entry of `OUTPUTS`, resized from `probabilities` to `size`."""
-    # `max` is four times faster than `argmax` over a dimension that is not the last.
     return {
-        name: F.interpolate(values[None], tuple(size), mode="bilinear", align_corners=True)[0].max(0).indices
+        name: labels_at(values[None], size)
         for name, values in probabilities(network, propagate, image, adjust=adjust, mode=mode, window=window).items()
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from .cache import CachedFeatures, cache_place, fill_cache, grid_of_features, read_cache
 from .choice import Finished, add_machine_arguments, load_finished, make_device
@@ -29,6 +30,12 @@ class Images:
     num_classes: int
     items: list[Item]
     cached: CachedFeatures
+
+    def describe(self, item: Item) -> tuple[Tensor, Tensor, Tensor]:
+        """The backbone's features (1, K, h, w), the network's V (1, D, h, w), and its logits on their grid."""
+        features = self.cached[item.image][None].float()
+        decoder = self.network(features).feats
+        return features, decoder, self.network.classifier(decoder)
 
 
 def run_name(finished: Finished) -> str:

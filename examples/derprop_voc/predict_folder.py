@@ -58,14 +58,25 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     add_propagation_arguments(parser)
     parser.add_argument("--mode", choices=MODES, help="default: sliding_window if the run is evaluated so")
     parser.add_argument("--window", type=int, help="edge of the windows (default: the run's crop_size)")
-    parser.add_argument("--alpha", type=float, default=0.5, help="opacity of an overlay's colours (%(default)s)")
+    add_alpha_argument(parser)
     add_machine_arguments(parser)
+
+
+def add_alpha_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag for the opacity of an overlay's colours."""
+    parser.add_argument("--alpha", type=float, default=0.5, help="opacity of an overlay's colours (%(default)s)")
+
+
+def checked_alpha(alpha: float) -> float:
+    """`alpha`, or `ConfigError` where it is outside [0, 1]."""
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha: expected 0 to 1, got {alpha}")
+    return alpha
 
 
 def predict_command(arguments: argparse.Namespace) -> None:
     """Predicts a folder and says what was written."""
-    if not 0 <= arguments.alpha <= 1:
-        raise ConfigError(f"alpha: expected 0 to 1, got {arguments.alpha}")
+    alpha = checked_alpha(arguments.alpha)
     if arguments.window is not None:
         checked_window(arguments.window)
     device = make_device(arguments.accelerator, arguments.threads)
@@ -75,7 +86,7 @@ def predict_command(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"out: expected another folder than the images' own, got {arguments.out}")
     options = propagation_options(arguments)
     label = make_labels(finished, images, arguments, with_propagation(finished.config, options))
-    predict_folder(images, arguments.out, label, finished.class_names, alpha=arguments.alpha)
+    predict_folder(images, arguments.out, label, finished.class_names, alpha=alpha)
     print(f"{len(images)} images: masks, overlays and legend.png are in {arguments.out}")
 
 
@@ -176,11 +187,16 @@ def predict_folder(
     with make_bar(len(images), "predict", progress=progress) as bar:
         for path in images:
             image = read_image(path).as_subclass(Tensor)
-            ids = label(image).to("cpu", torch.uint8).numpy()
-            write_png(out / f"{path.stem}_mask.png", palette_image(ids, colours))
-            write_png(out / f"{path.stem}_overlay.png", overlay(image.permute(1, 2, 0).numpy(), colours[ids], alpha))
+            write_pictures(out, path.stem, image, label(image), colours, alpha)
             bar.update()
     draw_legend(out / "legend.png", class_names)
+
+
+def write_pictures(out: Path, name: str, image: Tensor, labels: Tensor, colours: np.ndarray, alpha: float) -> None:
+    """Writes `<name>_mask.png` of class ids (H, W), and `<name>_overlay.png` on a uint8 image (3, H, W)."""
+    ids = labels.to("cpu", torch.uint8).numpy()
+    write_png(out / f"{name}_mask.png", palette_image(ids, colours))
+    write_png(out / f"{name}_overlay.png", overlay(image.permute(1, 2, 0).numpy(), colours[ids], alpha))
 
 
 def palette_image(ids: np.ndarray, colours: np.ndarray) -> Image.Image:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Discriminant
@@ -24,7 +23,7 @@ from .choice import Finished
 from .config import read_yaml
 from .data import VOID, check_mask, find_places, read_list, read_mask
 from .errors import ConfigError, DataError
-from .evaluate import confusion, mean_iou
+from .evaluate import confusion, labels_at, mean_iou
 from .files import write_bytes, write_json
 from .measuring import Images, add_measuring_arguments, begin, images_of, run_name
 from .model import Output
@@ -177,10 +176,7 @@ def measure(images: Images, classes: ClassMap, *, tau: float, shrinkage: float) 
                     blended = DerivativeLabelPropagation(affinity).rectify(*output, ramp=share)
                     rows[row_name(method, size)] = blended.log()
             for name, logits in rows.items():
-                scores = F.interpolate(
-                    classes.probabilities(logits), tuple(truth.shape), mode="bilinear", align_corners=True
-                )
-                counts = confusion(scores[0].max(0).indices, truth, T)
+                counts = confusion(labels_at(classes.probabilities(logits), truth.shape), truth, T)
                 found[name] = found[name] + counts if name in found else counts
             bar.update()
     return found

@@ -28,7 +28,15 @@ from .evaluate import make_metric, summarise
 from .files import write_json
 from .image_features import add_features_arguments, make_describe, mask_of
 from .panels import class_colours
-from .predict_folder import check_stems, draw_legend, list_images, overlay, palette_image, root_of, write_png
+from .predict_folder import (
+    add_alpha_argument,
+    check_stems,
+    checked_alpha,
+    draw_legend,
+    list_images,
+    root_of,
+    write_pictures,
+)
 from .progress import make_bar
 from .sources import Item
 
@@ -220,7 +228,7 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for masks, overlays and scores")
     add_features_arguments(parser)
     add_carrying_arguments(parser)
-    parser.add_argument("--alpha", type=float, default=0.5, help="opacity of an overlay's colours (%(default)s)")
+    add_alpha_argument(parser)
     add_machine_arguments(parser)
 
 
@@ -251,8 +259,7 @@ def add_carrying_arguments(parser: argparse.ArgumentParser) -> None:
 @torch.no_grad()
 def video_command(arguments: argparse.Namespace) -> None:
     """Carries the labels through a clip, and says what was written and, where there is truth, how good it is."""
-    if not 0 <= arguments.alpha <= 1:
-        raise ConfigError(f"alpha: expected 0 to 1, got {arguments.alpha}")
+    alpha = checked_alpha(arguments.alpha)
     carrying = Carrying(**{item.name: getattr(arguments, item.name) for item in fields(Carrying)})
     if arguments.run is not None and carrying.last:
         raise ConfigError("last: predicted frames are remembered without a network only; leave out last or run")
@@ -290,10 +297,7 @@ def video_command(arguments: argparse.Namespace) -> None:
             bar.update()
     seconds = (time.perf_counter() - start) / max(1, len(items) - len(given))
     for number, item in enumerate(items):
-        labels = ids[number].to("cpu", torch.uint8).numpy()
-        picture = read_image(item.image).permute(1, 2, 0).numpy()
-        write_png(arguments.out / f"{item.name}_mask.png", palette_image(labels, colours))
-        write_png(arguments.out / f"{item.name}_overlay.png", overlay(picture, colours[labels], arguments.alpha))
+        write_pictures(arguments.out, item.name, read_image(item.image), ids[number], colours, alpha)
     draw_legend(arguments.out / "legend.png", names)
     print(f"{len(items)} frames, {seconds:.2f} s each: masks, overlays and legend.png are in {arguments.out}")
     predicted = {number: ids[number] for number in with_truth if number not in given}
