@@ -1,5 +1,6 @@
 """The discriminant: stored statistics, against scikit-learn, and the metric; the rest is in test_classifiers.py."""
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -60,21 +61,45 @@ def test_stored_statistics_alone_leave_the_logits_unread():
     assert not by_stored(logits.requires_grad_(), feats.detach()).requires_grad
 
 
+@pytest.mark.parametrize("statistics", [None, stored()], ids=["batch", "stored"])
+def test_class_means_lean_on_others(statistics):
+    logits, feats, target_feats = inputs((9, 7), (4, 5), (3, 2), N=3)
+    logits[0, 1] = -50.0  # a class that the first image does not have
+    for k, mask in itertools.product((0.5, 10.0), (None, random_mask(3, 9, 7))):
+        for targets, resolution in itertools.product((None, target_feats), ("feats", "logits")):
+            options = {"pseudo_counts": k, "statistics": statistics, "resolution": resolution}
+            compare("discriminant", logits, feats, targets, mask=mask, **options)
+
+
+def test_an_image_alone_leans_on_itself():
+    logits, feats, _ = inputs(N=1)
+    out = propagate("discriminant", logits, feats, pseudo_counts=10.0)
+    assert_close(out, propagate("discriminant", logits, feats).numpy(), "classifier")
+    empty = propagate("discriminant", logits, feats, pseudo_counts=1e-9, statistics=ClassStatistics(3, 4))
+    assert_close(empty, out.numpy(), "classifier")
+
+
+def test_gradients_through_what_others_lean_on():
+    logits, feats, _ = inputs((2, 3))
+    for options in ({}, {"statistics": stored()}):
+        leaning = partial(propagate, "discriminant", pseudo_counts=2.0, **options)
+        assert gradcheck(leaning, (logits.requires_grad_(), feats.requires_grad_()))
+
+
 def test_an_empty_store_adds_nothing():
     logits, feats, _ = inputs()
     out = propagate("discriminant", logits, feats, statistics=ClassStatistics(3, 4))
     assert_close(out, propagate("discriminant", logits, feats).numpy(), "classifier")
 
 
-def test_backward_after_another_update():
+@pytest.mark.parametrize("pseudo_counts", [0.0, 10.0])
+def test_backward_after_another_update(pseudo_counts):
     """What backward needs of the statistics is no buffer, which the update overwrites."""
     logits, feats, _ = inputs()
     statistics = stored()
-    wanted = torch.autograd.grad(
-        propagate("discriminant", logits.requires_grad_(), feats.requires_grad_(), statistics=statistics)[0, 0].sum(),
-        (logits, feats),
-    )
-    out = propagate("discriminant", logits, feats, statistics=statistics)
+    judged = partial(propagate, "discriminant", statistics=statistics, pseudo_counts=pseudo_counts)
+    wanted = torch.autograd.grad(judged(logits.requires_grad_(), feats.requires_grad_())[0, 0].sum(), (logits, feats))
+    out = judged(logits, feats)
     statistics.update(logits, feats)
     assert not any(x.requires_grad for x in statistics.buffers())
     for x, y in zip(torch.autograd.grad(out[0, 0].sum(), (logits, feats)), wanted, strict=True):
@@ -110,6 +135,10 @@ def test_statistics_must_be_statistics():
         Discriminant(across="stored")
     with pytest.raises(ValueError, match="across must be one of"):
         Ridge(across="stored")
+    with pytest.raises(ValueError, match="pseudo_counts must be finite and at least 0"):
+        Discriminant(pseudo_counts=-1)
+    with pytest.raises(ValueError, match="pseudo_counts are for across='image', got 10 with 'batch'"):
+        Discriminant(pseudo_counts=10, across="batch")
     with pytest.raises(TypeError, match="statistics must be a ClassStatistics or None, got dict"):
         Discriminant(statistics={})
     with pytest.raises(TypeError, match="statistics"):

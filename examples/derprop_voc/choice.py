@@ -21,7 +21,7 @@ NETWORKS = ("tested", "trained", "averaged")
 # Options of propagation, which a finished network need not have been trained with; tau stands for adjust: prior.
 PROPAGATION = (
     "affinity", "scale", "resolution", "similarity", "normalize", "scheme", "order_weights", "shrinkage", "balance",
-    "across", "tau",
+    "across", "pseudo_counts", "tau",
 )  # fmt: skip
 # What a file of `choose` may say besides; the variant is for a training only.
 ALSO_READ = ("adjust", "variant")

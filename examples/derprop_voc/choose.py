@@ -79,30 +79,29 @@ class Setting:
     @property
     def name(self) -> str:
         """The family and the options."""
-        shown = ", ".join(f"{k} {v:g}" for k, v in self.options.items() if isinstance(v, float))
+        named = {k: v for k, v in self.options.items() if k != "pseudo_counts" and isinstance(v, float)}
+        shown = ", ".join(f"{k} {v:g}" for k, v in named.items())
         return f"{self.family}, {shown}" if shown else self.family
 
 
 def make_settings() -> list[Setting]:
     """What is tried: P first, then the controls, then what propagates."""
-
-    def discriminant(across: str, **options: Any) -> dict[str, Any]:
-        return {"affinity": "discriminant", "across": across, **options}
-
-    of = {"image": "the image", "data": "all images"}
+    of: dict[str, dict[str, Any]] = {"the image": {"across": "image"}, "all images": {"across": "data"}}
+    leaning = {f"the image leaning on all by {k:g}": {"across": "data", "pseudo_counts": k} for k in (3.0, 10.0, 30.0)}
     found = [Setting(P, {}), *(Setting(CONTROL, {"tau": tau}) for tau in (0.25, 0.5, 0.75, 1.0))]
     for balance in (0.0, 0.5, 1.0):
         found.append(Setting("ridge", {"affinity": "ridge", "shrinkage": 0.3, "balance": balance}))
     for tau in (0.0, 0.25, 0.5):
         prediction, adjust = ("adjusted P", {"tau": tau}) if tau else ("P", {})
-        for across, is_blend in product(of, (False, True)):
-            family = f"discriminant of {of[across]}"
+        for (across, options), is_blend in product({**of, **leaning}.items(), (False, True)):
+            family = f"discriminant of {across}"
             if is_blend:
                 family = f"mean of {prediction} and {family}"
             elif tau:
                 family = f"{family} on {prediction}"
             for shrinkage in (0.1, 1.0):
-                found.append(Setting(family, discriminant(across, shrinkage=shrinkage, **adjust), is_blend))
+                values = {"affinity": "discriminant", **options, "shrinkage": shrinkage, **adjust}
+                found.append(Setting(family, values, is_blend))
     return found
 
 

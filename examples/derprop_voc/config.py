@@ -34,11 +34,13 @@ ONLY_FOR = {
     "shrinkage": CLASSIFIERS,
     "balance": ("ridge",),
     "across": CLASSIFIERS,
+    "pseudo_counts": ("discriminant",),
 }
 # Options that only some values of another option have; elsewhere they stay at their defaults.
 ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     *((name, "affinity", affinities) for name, affinities in ONLY_FOR.items()),
     ("statistics_decay", "across", ("data",)),
+    ("pseudo_counts", "across", ("image", "data")),
     ("tau", "adjust", ("prior",)),
     ("temperature", "adjust", ("temperature",)),
     ("prior_momentum", "adjust", ("prior", "alignment")),
@@ -132,6 +134,10 @@ class Config:
     across: Literal["image", "batch", "data"] = option(
         "image", "whose pixels ridge and discriminant are estimated from; data: running statistics, of discriminant"
     )
+    pseudo_counts: float = option(
+        0.0, "of discriminant: pixels of a class that its mean over the others stands for, in each image; the others "
+        "are the batch with across image, the data with across data, which then adds nothing else", low=0
+    )  # fmt: skip
     statistics_decay: float = option(0.95, "what the running statistics of across data keep in a step", low=0, high=1)
     normalize: Literal["auto", "l1", "l2", "softmax", "none"] = option(
         "auto", "features before propagation; auto: the affinity's own, none for ridge and discriminant, else l1"

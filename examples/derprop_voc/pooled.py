@@ -134,7 +134,8 @@ def pool(
 def pooled_propagation(config: Config, pooled: Pooled | None, *, add_own: bool = False) -> DerivativeLabelPropagation:
     """Propagation as `config` has it, for one image at a time.
 
-    With `across: data` images are judged by the pooled statistics alone. Otherwise these are only used with `add_own`,
+    With `across: data` images are judged by the pooled statistics alone, or by their own whose class means lean on
+    these, with `pseudo_counts`. Otherwise these are only used with `add_own`,
     which adds an image's own: for a folder that the image does not belong to.
     """
     if pooled is None or config.affinity != "discriminant" or not (config.across == "data" or add_own):
@@ -144,7 +145,7 @@ def pooled_propagation(config: Config, pooled: Pooled | None, *, add_own: bool =
             f"normalize: statistics are of features as they are, got {config.normalize}; leave it at auto"
         )
     made = make_propagation(config, pooled.statistics)
-    if config.across != "data":
+    if config.across != "data" or config.pseudo_counts:
         return made
     alone = replace(made.affinity, across="stored")  # they contain the image already
     return DerivativeLabelPropagation(alone, resolution=made.resolution)

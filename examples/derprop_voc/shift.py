@@ -33,6 +33,7 @@ from .rectification import adjusted
 from .sources import find_source
 
 GROUPS = (1, 4, 16, 0)  # images; 0: all
+PSEUDO_COUNTS = 10.0  # what `choose` found on CamVid
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,20 @@ def measure(images: Images, classes: ClassMap, *, tau: float, shrinkage: float) 
             rows = {"P": output.logits}
             for size, group in groups.items():
                 rows[row_name("logit adjustment", size)] = adjusted(output.logits, shares(group), tau)
-            for method, share in (("discriminant", 1.0), ("mean of P and discriminant", 0.5)):
-                for size, group in groups.items():
-                    affinity = Discriminant(shrinkage=shrinkage, statistics=group, across="stored")
+            affinities = {
+                row_name("discriminant", size): Discriminant(shrinkage=shrinkage, statistics=group, across="stored")
+                for size, group in groups.items()
+            } | {
+                f"discriminant, each image leaning on {size or 'all'}": Discriminant(
+                    shrinkage=shrinkage, statistics=group, pseudo_counts=PSEUDO_COUNTS
+                )
+                for size, group in groups.items()
+                if size != 1
+            }
+            for start, share in (("", 1.0), ("mean of P and ", 0.5)):
+                for name, affinity in affinities.items():
                     blended = DerivativeLabelPropagation(affinity).rectify(*output, ramp=share)
-                    rows[row_name(method, size)] = blended.log()
+                    rows[start + name] = blended.log()
             for name, logits in rows.items():
                 counts = confusion(labels_at(classes.probabilities(logits), truth.shape), truth, T)
                 found[name] = found[name] + counts if name in found else counts

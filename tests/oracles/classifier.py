@@ -61,13 +61,16 @@ def inverse_covariance(own, shrinkage, T):
     return np.linalg.inv(Sigma + shrinkage * trace / len(T) * T)
 
 
-def discriminant(own, V, inverse):
-    """`L'` of the targets V (D, M'), before the normalisation over the classes."""
+def discriminant(own, V, inverse, others=None, k=0.0):
+    """`L'` of the targets V (D, M'), before the normalisation over the classes; `k` pixels a class are of `others`."""
     total = own.counts.sum()
     mu = own.sums.sum(axis=0) / (total or 1.0)
     out = np.zeros((len(own.counts), V.shape[1]))
     for c, n_c in enumerate(own.counts):
-        m = (own.sums[c] - n_c * mu) / (n_c + 1)
+        pixels = own.sums[c] - n_c * mu
+        if k:
+            pixels = pixels + k * (others.sums[c] - others.counts[c] * mu) / (others.counts[c] + 1)
+        m = pixels / (n_c + 1 + k)
         for j in range(V.shape[1]):
             out[c, j] = m @ inverse @ (V[:, j] - mu) - m @ inverse @ m / 2 + np.log(n_c / (total or 1.0) + 1e-4)
     return out
@@ -116,6 +119,7 @@ def propagate(
     scheme="forward",
     normalize=None,
     across="image",
+    pseudo_counts=0.0,
     stored=None,
     mask=None,
     resolution="feats",
@@ -144,8 +148,11 @@ def propagate(
     for (P, count, v, _), size in zip(given, sizes, strict=True):
         w = count if form == "discriminant" else count * (importance(size, balance) @ P)
         own.append(statistics(P * w, v))
+    others = stored or together(own)
     if across == "batch":
         own = [together(own)] * N
+    if pseudo_counts:
+        stored = None
     if across == "stored":
         own = [stored] * N
     elif stored is not None:
@@ -157,9 +164,8 @@ def propagate(
         keeps_grid = targets.shape[2:] == feats.shape[2:]
         if U is not None and resolution == "logits" and keeps_grid:
             w = w @ U
-        scores = {"discriminant": discriminant, "ridge": ridge}[form](
-            own[n], w, inverse_covariance(own[n], shrinkage, prior(D, weights, scheme))
-        )
+        given_own = own[n], w, inverse_covariance(own[n], shrinkage, prior(D, weights, scheme))
+        scores = ridge(*given_own) if form == "ridge" else discriminant(*given_own, others, pseudo_counts)
         scores = scores - np.logaddexp.reduce(scores, axis=0)  # the logarithm of a softmax that may be 0
         if U is not None and resolution == "feats" and keeps_grid:
             scores = scores @ U

@@ -38,6 +38,10 @@ class Statistics(NamedTuple):
         """`mu`, (..., D); 0 without a pixel."""
         return self.sums.sum(dim=-2) / or_one(self.total())[..., None]
 
+    def offsets(self, mean: Tensor) -> Tensor:
+        """`s_c - n_c mean`, (..., C, D), for a mean (..., 1, D)."""
+        return self.sums - self.counts[..., None] * mean
+
     def merged(self, other: "Statistics") -> "Statistics":
         """The statistics of the pixels of both: the pairwise update of Chan, Golub and LeVeque."""
         n, m = self.total(), other.total()
