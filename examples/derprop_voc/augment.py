@@ -154,6 +154,6 @@ def _cells(size: int, grid: int) -> Tensor:
     Features of 8 h pixels stand in the middle of cells; those of 8 (h - 1) + 1 pixels stand on every eighth pixel.
     """
     pixel = torch.arange(size)
-    if size % grid:
+    if size % grid or (size // grid).bit_count() > 1:  # a stride is a power of 2: 225 is 16 * 14 + 1, not 15 * 15
         return (2 * pixel * (grid - 1) + size - 1) // (2 * (size - 1))
     return pixel * grid // size

@@ -92,6 +92,11 @@ def test_cutmix_of_aligned_grids_takes_the_nearest_feature_point():
     assert mixed[5:12].eq(1).all()
     assert mixed[:4].eq(0).all()
     assert mixed[13:].eq(0).all()
+    # 225 pixels on 15 points are 16 apart and not cells of 15: pixels around 112 belong to the middle point.
+    boxes = torch.zeros(2, 1, 15, 15, dtype=torch.bool)
+    boxes[:, :, 7] = True
+    mixed = cutmix(torch.arange(2.0)[:, None, None, None].expand(2, 1, 225, 225), boxes)[0, 0, :, 0]
+    assert mixed.nonzero().flatten().tolist() == list(range(104, 120))
 
 
 # --- features --------------------------------------------------------------------------------------------------------
