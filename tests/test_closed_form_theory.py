@@ -13,6 +13,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from dlprop import theory
 from dlprop.affinity import Linear
 from dlprop.propagation import derivative_label_propagation
+from dlprop.statistics import ClassStatistics
 
 from .classifier_cases import propagate
 from .oracles import classifier as oracle
@@ -167,6 +168,26 @@ def test_the_step_is_an_e_step_after_an_m_step(seed, shrinkage):
     density = np.exp(-np.einsum("cdi,de,cei->ci", gaps, np.linalg.inv(Sigma), gaps) / 2)
     joint = (shares + 1e-4)[:, None] * density  # E-step
     out = library("discriminant", L, V, shrinkage=shrinkage, weights=(1.0,))
+    assert_close(np.exp(out), joint / joint.sum(axis=0), "classifier")
+
+
+@given(seeds, st.floats(0.1, 50))
+def test_leaning_means_are_most_probable(seed, k):
+    """Where the slope of the log-posterior of the mean is 0: of the pixels, of one at `mu` and of k at the others'."""
+    (L, V), (others, W) = draw(seed), draw(seed + 1)
+    P, Q, mu = softmax(L, axis=0), softmax(others, axis=0), V.mean(axis=1)
+    statistics = ClassStatistics(3, 4)
+    statistics.update(torch.from_numpy(others)[None], torch.from_numpy(W)[None])
+    counts, far = P.sum(axis=1)[:, None], Q.sum(axis=1)[:, None]
+    theirs = (Q @ W.T + mu) / (far + 1)
+    means = (P @ V.T + mu + k * theirs) / (counts + 1 + k)
+    slope = P @ V.T - counts * means + (mu - means) + k * (theirs - means)
+    assert np.abs(slope).max() < 1e-9 * (1 + k) * np.abs(V).max()
+    Sigma = np.cov(V, bias=True)
+    gaps = V[None] - means[:, :, None]
+    inverse = np.linalg.inv(Sigma + 0.1 * np.trace(Sigma) / 4 * np.eye(4))
+    joint = (counts / 20 + 1e-4) * np.exp(-np.einsum("cdi,de,cei->ci", gaps, inverse, gaps) / 2)
+    out = library("discriminant", L, V, weights=(1.0,), statistics=statistics, pseudo_counts=k)
     assert_close(np.exp(out), joint / joint.sum(axis=0), "classifier")
 
 
