@@ -20,7 +20,6 @@ class Refinement:
         deviation: "image": the image's mean local standard deviation; "pixel": that around the target, as in
             pixel-adaptive refinement; "one": colours are in [0, 1] and sigma is absolute.
         dilation: of the window's pixels.
-        radius: of the window, in dilations.
         position: sigma in pixels of a Gaussian over the offsets; 0: none.
         steps: how often.
     """
@@ -28,7 +27,6 @@ class Refinement:
     sigma: float = 0.25
     deviation: Literal["image", "pixel", "one"] = "image"
     dilation: tuple[int, ...] = (1, 2, 4)
-    radius: int = 1
     position: float = 0.0
     steps: int = 10
 
@@ -50,7 +48,7 @@ class Refinement:
             similarity="dot" if self.deviation == "pixel" else "gaussian",
             normalize=None,
             weights=(1.0,),
-            radius=self.radius,
+            radius=1,
             dilation=self.dilation,
         )
         if self.deviation == "pixel":  # -|v_i - v_j|^2 / (2 s_j^2) is a product of sources and targets, up to v_j^2

@@ -102,6 +102,16 @@ def test_each_group_is_judged_by_its_own_statistics(trained):
                     counts += command.confusion(logit.max(0).indices, truth, len(classes.names))
                     mean = (own.softmax(0) + logit.softmax(0)) / 2
                     of_mean += command.confusion(mean.max(0).indices, truth, len(classes.names))
+            if size != 1:  # the same by the library's own way of leaning on a batch
+                alone = DerivativeLabelPropagation(Discriminant(shrinkage=0.2, pseudo_counts=command.PSEUDO_COUNTS))
+                leaning = np.zeros_like(found["P"])
+                for part in groups_of(6, size):
+                    out = alone(*(torch.cat(x) for x in zip(*outputs[part], strict=True)))
+                    for logit, item in zip(out, images.items[part], strict=True):
+                        truth = torch.from_numpy(command.read_mask(item))
+                        leaning += command.confusion(logit.max(0).indices, truth, len(classes.names))
+                row = f"discriminant, each image leaning on {'all' if size == 6 else size}"
+                assert np.abs(found[row] - leaning).sum() <= 4
             # A pixel or two may be a tie that rounding decides.
             assert np.abs(found[f"discriminant, {name}"] - counts).sum() <= 4
             assert np.abs(found[f"mean of P and discriminant, {name}"] - of_mean).sum() <= 4
