@@ -80,6 +80,8 @@ def test_across_data_judges_an_image_by_all_pixels_and_counts_none_twice():
     twice = together(torch.cat([*logits, logits[1]], 2), torch.cat([*feats, feats[1]], 2), feats[1])
     torch.testing.assert_close(added(logits[1], feats[1]), twice, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(wanted, twice, atol=1e-2)
+    leaning = pooled_propagation(replace(config, pseudo_counts=10.0), pooled).affinity
+    assert (leaning.across, leaning.pseudo_counts, leaning.statistics) == ("image", 10.0, pooled.statistics)
     own = pooled_propagation(replace(config, across="image"), pooled)
     torch.testing.assert_close(own(logits[1], feats[1]), together(logits[1], feats[1]))
 
