@@ -212,11 +212,14 @@ def test_classifiers(data, dtype, form, number):
     }
     if form == "ridge":
         options["balance"] = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
-    elif data.draw(st.booleans()):
-        C = tensors[0].shape[1]
-        options["statistics"] = ClassStatistics(C, D)
-        options["statistics"].update(data.draw(tensor(F64, 2, C, 4, 3)), data.draw(tensor(F64, 2, D, 4, 3)))
-        options["across"] = data.draw(st.sampled_from(["image", "batch", "stored"]))
+    else:
+        if data.draw(st.booleans()):
+            C = tensors[0].shape[1]
+            options["statistics"] = ClassStatistics(C, D)
+            options["statistics"].update(data.draw(tensor(F64, 2, C, 4, 3)), data.draw(tensor(F64, 2, D, 4, 3)))
+            options["across"] = data.draw(st.sampled_from(["image", "batch", "stored"]))
+        if options["across"] == "image":
+            options["pseudo_counts"] = data.draw(st.sampled_from([0.0, 1.0, 10.0]))
     # Near its clip the logarithm of the ridge magnifies, so of it the probabilities.
     shown, book = (torch.exp, np.exp) if form == "ridge" else (torch.clone, np.asarray)
     compare(
