@@ -54,8 +54,12 @@ def standardised(features: Tensor) -> Tensor:
     return F.instance_norm(features.float())
 
 
-def add_features_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say where features come from."""
+# Images of at most so many pixels are enlarged by themselves: of larger ones the backbone sees enough, and pays more.
+SMALL = 640 * 640
+
+
+def add_features_arguments(parser: argparse.ArgumentParser, *, enlarge: float | None = 1.0) -> None:
+    """Flags that say where features come from; `enlarge` is the default, None for twice where images are small."""
     parser.add_argument(
         "--run", type=Path, metavar="FOLDER", help="run folder of a trained network; without, a backbone"
     )
@@ -76,9 +80,9 @@ def add_features_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enlarge",
         type=float,
-        default=1.0,
-        help="features of images so many times larger, for thin classes; with --run logits are the mean of those "
-        "of both sizes (%(default)s)",
+        default=enlarge,
+        help="features of images so many times larger, for thin classes; with --run logits are the mean of those of "
+        f"both sizes ({'2 for images of up to 640 x 640 pixels, else 1' if enlarge is None else '%(default)s'})",
     )
 
 
@@ -93,8 +97,9 @@ def make_describe(
         labels: where it is, for the error.
         of_backbone: see `network_features`.
     """
-    if not 0 < arguments.enlarge < float("inf"):
-        raise ConfigError(f"enlarge: expected above 0, got {arguments.enlarge}")
+    times: float | None = arguments.enlarge
+    if times is not None and not 0 < times < float("inf"):
+        raise ConfigError(f"enlarge: expected above 0, got {times}")
     device = make_device(arguments.accelerator, arguments.threads)
     size: Sequence[int] = ()
     if arguments.run is None:
@@ -112,13 +117,15 @@ def make_describe(
 
     def of_image(path: Path) -> tuple[Tensor, Tensor | None]:
         image = read_image(path)
+        height, width = size or image.shape[-2:]
 
         def of_size(enlarge: float) -> tuple[Tensor, Tensor | None]:
-            edges = [max(1, round(enlarge * edge)) for edge in size or image.shape[-2:]]
+            edges = [max(1, round(enlarge * edge)) for edge in (height, width)]
             return describe(to_input(TF.resize(image, edges, antialias=True))[None].to(device))
 
-        feats, logits = of_size(arguments.enlarge)
-        if logits is None or arguments.enlarge == 1:
+        enlarge = (2.0 if height * width <= SMALL else 1.0) if times is None else times
+        feats, logits = of_size(enlarge)
+        if logits is None or enlarge == 1:
             return feats, logits
         return feats, mean_logits([logits, of_size(1.0)[1]], feats.shape[-2:])
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from examples.derprop_voc import clicks, measuring
+from examples.derprop_voc import clicks, image_features, measuring
 from examples.derprop_voc import complete as completing
 from examples.derprop_voc.__main__ import BAD_INPUT, DONE, main
 from examples.derprop_voc.augment import to_input
@@ -178,7 +178,7 @@ def test_enlarged_images_add_to_what_the_network_says(folders, trained):
     images, labels, _ = folders
     path = sorted(images.iterdir())[0]
     parser = argparse.ArgumentParser()
-    add_features_arguments(parser)
+    add_features_arguments(parser, enlarge=None)
     add_machine_arguments(parser)
 
     def described(*options):
@@ -186,7 +186,11 @@ def test_enlarged_images_add_to_what_the_network_says(folders, trained):
         with torch.no_grad():
             return make_describe(arguments, 5, labels)[2](path)
 
-    (feats, logits), (finer, both) = described(), described("--enlarge", "2")
+    (feats, logits), (finer, both) = described("--enlarge", "1"), described("--enlarge", "2")
+    assert torch.equal(described()[0], finer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_features, "SMALL", 40 * 48 - 1)
+        assert torch.equal(described()[0], feats)
     assert (feats.shape[-2:], finer.shape[-2:]) == ((5, 6), (10, 12))
     finished = load_finished([trained / "latest.pt"], torch.device("cpu"))[0]
     with torch.no_grad():
