@@ -212,3 +212,10 @@ def test_split_refuses_to_replace_another_one(folder, capsys):
     # Without --val, the val.txt that is there would be used.
     assert "val.txt: expected no list" in command(capsys, *arguments)[2]
     assert not (out / "labeled.txt").exists()
+
+
+def test_a_file_where_a_folder_is_wanted_is_one_line(folder, capsys):
+    place = folder / "notes.txt"
+    place.touch()
+    code, _, stderr = command(capsys, "split", "--data", folder, "--labeled", 2, "--out", place / "new")
+    assert (code, stderr) == (2, f"error: {place / 'new'}: Not a directory\n")
