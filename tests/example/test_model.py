@@ -203,10 +203,10 @@ def test_weights_that_cannot_be_read(tmp_path):
     path.write_text("no weights")
     with pytest.raises(ConfigError, match=r"weights: .*w\.pth cannot be read as weights"):
         network(weights=str(path))
-    with pytest.raises(ConfigError, match="weights: expected none, timm or a file, got 'IMAGENET1K_V2'"):
+    with pytest.raises(ConfigError, match="weights: expected none, timm or a file, found no file 'IMAGENET1K_V2'"):
         network(weights="IMAGENET1K_V2")
     with pytest.raises(
-        ConfigError, match="weights: expected none, IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT or a file, got 'timm'"
+        ConfigError, match="weights: expected none, IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT or a file, found no file 'timm'"
     ):
         SegmentationNetwork(make_config({"backbone": "resnet50", "weights": "timm"}), 3)
 
