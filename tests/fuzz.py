@@ -218,6 +218,7 @@ def test_classifiers(data, dtype, form, number):
             options["statistics"] = ClassStatistics(C, D)
             options["statistics"].update(data.draw(tensor(F64, 2, C, 4, 3)), data.draw(tensor(F64, 2, D, 4, 3)))
             options["across"] = data.draw(st.sampled_from(["image", "batch", "stored"]))
+            options["normalize"] = None
         if options["across"] == "image":
             options["pseudo_counts"] = data.draw(st.sampled_from([0.0, 1.0, 10.0]))
     # Near its clip the logarithm of the ridge magnifies, so of it the probabilities.

@@ -79,6 +79,15 @@ def test_an_image_alone_leans_on_itself():
     assert_close(empty, out.numpy(), "classifier")
 
 
+def test_an_image_without_a_source_knows_nothing():
+    logits, feats, _ = inputs()
+    mask = torch.ones(2, 4, 5, dtype=torch.bool)
+    mask[1] = False
+    for options in ({}, {"statistics": stored()}):
+        out = propagate("discriminant", logits, feats + 9, mask=mask, pseudo_counts=10.0, **options)
+        assert_close(out[1].exp(), np.full((3, 4, 5), 1 / 3), "classifier")
+
+
 def test_gradients_through_what_others_lean_on():
     logits, feats, _ = inputs((2, 3))
     for options in ({}, {"statistics": stored()}):
@@ -135,6 +144,8 @@ def test_statistics_must_be_statistics():
         Discriminant(across="stored")
     with pytest.raises(ValueError, match="across must be one of"):
         Ridge(across="stored")
+    with pytest.raises(ValueError, match="normalize must be None with statistics"):
+        Discriminant(statistics=stored(), normalize="l2")
     with pytest.raises(ValueError, match="pseudo_counts must be finite and at least 0"):
         Discriminant(pseudo_counts=-1)
     with pytest.raises(ValueError, match="pseudo_counts are for across='image', got 10 with 'batch'"):

@@ -148,8 +148,8 @@ def read_mask(item: Item) -> np.ndarray:
         if mask.mode not in ("P", "L"):
             first = "of colours make ids first, with a comparison for each class, and " if "RGB" in mask.mode else ""
             raise DataError(
-                f"{item.mask}: expected a PNG of ids, with a palette or 8-bit gray, found mode {mask.mode}; {first}save "
-                "them by PIL.Image.fromarray(ids.astype('uint8')).save"
+                f"{item.mask}: expected a PNG of ids, with a palette or 8-bit gray, found mode {mask.mode}; {first}"
+                "save them by PIL.Image.fromarray(ids.astype('uint8')).save"
             )
         labels = np.array(mask)
     if not item.label_ids:

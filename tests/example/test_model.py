@@ -206,7 +206,8 @@ def test_weights_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match="weights: expected none, timm or a file, found no file 'IMAGENET1K_V2'"):
         network(weights="IMAGENET1K_V2")
     with pytest.raises(
-        ConfigError, match="weights: expected none, IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT or a file, found no file 'timm'"
+        ConfigError,
+        match="expected none, IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT or a file, found no file 'timm'",
     ):
         SegmentationNetwork(make_config({"backbone": "resnet50", "weights": "timm"}), 3)
 

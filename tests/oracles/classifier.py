@@ -68,7 +68,7 @@ def discriminant(own, V, inverse, others=None, k=0.0):
     out = np.zeros((len(own.counts), V.shape[1]))
     for c, n_c in enumerate(own.counts):
         pixels = own.sums[c] - n_c * mu
-        if k:
+        if k and total:
             pixels = pixels + k * (others.sums[c] - others.counts[c] * mu) / (others.counts[c] + 1)
         m = pixels / (n_c + 1 + k)
         for j in range(V.shape[1]):

@@ -46,19 +46,22 @@ class Discriminant(Classifier):
         across: whose statistics an image is judged by: its own ("image"), those of the whole "batch", or the "stored"
             ones alone, which are right for an image that they contain already.
         statistics: a `dlprop.statistics.ClassStatistics` whose sums are added to the image's or the batch's; None adds
-            nothing.
-        pseudo_counts: how many pixels of each class the others' mean stands for, `>= 0`, with across "image". The
-            others are the `statistics`, which are then added in no other way, or without these the images of the call.
+            nothing. They are of features as they are, so `normalize` must be None.
+        pseudo_counts: how many pixels of each class the others' mean stands for, with across "image"; of those pixels
+            that count, which with a mask or at full resolution are the logits'. The others are the `statistics`, which
+            are then added in no other way, or without these the images of the call: a single one leans on itself, and
+            nothing changes. A class that the others lack leans on the image's mean. 0 leans on nothing.
 
     Raises:
-        TypeError, ValueError: options of the wrong type or out of range, "stored" without statistics, and
-            `pseudo_counts` with another across than "image"; in use,
+        TypeError, ValueError: options of the wrong type or out of range, "stored" without statistics, statistics with
+            `normalize`, and `pseudo_counts` with another across than "image"; in use,
             `Q * step >= D`, statistics of other classes or channels, or a singular covariance (seen on CPUs in eager
             mode; elsewhere the result is NaN).
 
     Cost:
-        Time O(N M D (C + D) + N D^3), memory O(N (C D + D^2)) beyond the output, and a copy of the features if they are
-        normalised. At full resolution the same, on the grid of the features.
+        Time O(N M D (C + D) + N D^3), by stored statistics alone O(N M D C + D^3); memory O(N (C D + D^2)) beyond the
+        output, and a copy of the features if they are normalised. At full resolution the same, on the grid of the
+        features.
 
     Example:
         >>> from dlprop import DerivativeLabelPropagation
@@ -85,6 +88,11 @@ class Discriminant(Classifier):
         _checks.choice("across", self.across, Across)
         if self.across == "stored" and self.statistics is None:
             raise ValueError("across='stored' needs statistics, a ClassStatistics, got None")
+        if self.statistics is not None and self.normalize is not None:
+            raise ValueError(
+                f"normalize must be None with statistics, which are of features as they are, got {self.normalize!r}; "
+                "normalise the features before both"
+            )
         object.__setattr__(self, "pseudo_counts", _checks.real("pseudo_counts", self.pseudo_counts, 0.0))
         if self.pseudo_counts and self.across != "image":
             raise ValueError(f"pseudo_counts are for across='image', got {self.pseudo_counts:g} with {self.across!r}")
@@ -96,7 +104,8 @@ class Discriminant(Classifier):
         counts, n, mean = statistics.counts, statistics.total(), statistics.mean()[:, None]
         k, offsets = self.pseudo_counts, statistics.offsets(mean)
         if others is not None:
-            offsets = offsets + k * others.offsets(mean) / (others.counts[:, :, None] + 1)
+            lean = k * others.offsets(mean) / (others.counts[:, :, None] + 1)
+            offsets = torch.where(n[:, None, None] == 0, 0, offsets + lean)  # without a pixel nothing is known
         means = offsets / (counts[:, :, None] + k + 1)
         A = self.over_covariance(statistics, means, targets.feats.dtype)
         prior = torch.log(counts / or_one(n)[:, None] + SMALLEST_PRIOR)
