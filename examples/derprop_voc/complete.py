@@ -129,7 +129,7 @@ def add_complete_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="its jpg, jpeg and png files")
     parser.add_argument(
         "--labels", type=Path, required=True, metavar="FOLDER",
-        help=f"<stem>.png for each image: class ids on the labelled pixels, {VOID} elsewhere",
+        help=f"<stem>.png or <stem>_mask.png for each image: class ids on the labelled pixels, {VOID} elsewhere",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for masks and overlays")
     add_features_arguments(parser, enlarge=None)
