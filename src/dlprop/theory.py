@@ -94,7 +94,8 @@ def derivative_metric(
     _stencil(D, max_order, scheme, name="max_order")
     given = np.ones(max_order + 1) if weights is None else np.asarray(weights, dtype=np.float64)
     if given.shape != (max_order + 1,) or not np.isfinite(given).all():
-        raise ValueError(f"weights must hold max_order + 1 = {max_order + 1} finite floats, got {given.size}: {weights}")
+        wanted = f"max_order + 1 = {max_order + 1} finite floats"
+        raise ValueError(f"weights must hold {wanted}, got {given.size}: {weights}")
     K = np.zeros((D, D))
     for q, w in enumerate(given):
         A = toeplitz_matrix(D, q, scheme)
