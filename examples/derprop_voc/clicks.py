@@ -26,14 +26,13 @@ from .complete import CERTAIN, Clicks, Completion, classify, only_labelled
 from .data import VOID, Item, read_mask
 from .evaluate import labels_at, make_metric
 from .files import write_bytes, write_json
-from .image_features import mean_logits, standardised
+from .image_features import ENLARGED, mean_logits, standardised
 from .measuring import Images, add_measuring_arguments, begin, images_of, make_images
 from .progress import make_bar
 
 AMOUNTS = ("1", "5", "20", "stroke")
 DRAWS = 3
 SLOW = ("label spreading, backbone",)  # one draw
-ENLARGED = 2  # times, for the rows of larger images
 LARGER, BOTH = ", images twice as large", ", both sizes"
 WITHOUT_NETWORK = (
     *("nearest labelled pixel", "label spreading, backbone", "attention, backbone"),
@@ -52,15 +51,8 @@ GAINS = (
     (f"{CLOSED}network corrected by attention", f"{CLOSED}network times attention"),
     (f"discriminant, backbone{LARGER}", "discriminant, backbone"),
     *(
-        (f"network corrected by attention{BOTH}", control)
-        for control in (
-            f"network alone{BOTH}",
-            f"last layer trained on the clicks{BOTH}",
-            "network corrected by attention",
-        )
-    ),
-    *(
-        (f"{CLOSED}network corrected by attention{BOTH}", f"{CLOSED}{control}")
+        (f"{start}network corrected by attention{BOTH}", f"{start}{control}")
+        for start in ("", CLOSED)
         for control in (
             f"network alone{BOTH}",
             f"last layer trained on the clicks{BOTH}",

@@ -22,13 +22,13 @@ from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Discriminant
 
 from .choice import Finished
-from .clicks import BOTH, ENLARGED, LARGER, trained_layer
+from .clicks import BOTH, LARGER, trained_layer
 from .complete import CERTAIN
 from .data import VOID, Item, check_mask, find_places, load_data, read_list, read_mask
 from .errors import ConfigError
 from .evaluate import labels_at, make_metric
 from .files import write_bytes, write_json
-from .image_features import mean_logits, standardised
+from .image_features import ENLARGED, mean_logits, standardised
 from .measuring import add_measuring_arguments, begin, frozen_network, images_of, run_name
 from .progress import make_bar
 from .sources import find_source

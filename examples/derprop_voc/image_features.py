@@ -54,12 +54,13 @@ def standardised(features: Tensor) -> Tensor:
     return F.instance_norm(features.float())
 
 
-# Images of at most so many pixels are enlarged by themselves: of larger ones the backbone sees enough, and pays more.
-SMALL = 640 * 640
+# With a frozen backbone, as it was measured, images of at most so many pixels are enlarged so many times by themselves.
+ENLARGED, SMALL = 2, 640 * 640
 
 
 def add_features_arguments(parser: argparse.ArgumentParser, *, enlarge: float | None = 1.0) -> None:
     """Flags that say where features come from; `enlarge` is the default, None for twice where images are small."""
+    by_itself = f"{ENLARGED} with a frozen backbone and images of up to 640 x 640 pixels, else 1"
     parser.add_argument(
         "--run", type=Path, metavar="FOLDER", help="run folder of a trained network; without, a backbone"
     )
@@ -82,7 +83,7 @@ def add_features_arguments(parser: argparse.ArgumentParser, *, enlarge: float | 
         type=float,
         default=enlarge,
         help="features of images so many times larger, for thin classes; with --run logits are the mean of those of "
-        f"both sizes ({'2 for images of up to 640 x 640 pixels, else 1' if enlarge is None else '%(default)s'})",
+        f"both sizes ({by_itself if enlarge is None else '%(default)s'})",
     )
 
 
@@ -102,6 +103,7 @@ def make_describe(
         raise ConfigError(f"enlarge: expected above 0, got {times}")
     device = make_device(arguments.accelerator, arguments.threads)
     size: Sequence[int] = ()
+    is_frozen = True
     if arguments.run is None:
         names = tuple(arguments.class_names or map(str, range(highest + 1)))
         config = Config(backbone=arguments.backbone, weights=arguments.weights, freeze_backbone=True)
@@ -111,7 +113,9 @@ def make_describe(
             raise ConfigError("class_names: a run has its own; leave this option out")
         (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
         names, size = finished.class_names, finished.config.image_size
-        describe = network_features(finished.network(arguments.network), of_backbone=of_backbone)
+        network = finished.network(arguments.network)
+        is_frozen = isinstance(network, FrozenNetwork)
+        describe = network_features(network, of_backbone=of_backbone)
     if highest >= len(names):
         raise DataError(f"{labels}: expected labels 0 to {len(names) - 1} or {VOID}, found {highest}")
 
@@ -123,7 +127,8 @@ def make_describe(
             edges = [max(1, round(enlarge * edge)) for edge in (height, width)]
             return describe(to_input(TF.resize(image, edges, antialias=True))[None].to(device))
 
-        enlarge = (2.0 if height * width <= SMALL else 1.0) if times is None else times
+        by_itself = ENLARGED if is_frozen and height * width <= SMALL else 1
+        enlarge = by_itself if times is None else times
         feats, logits = of_size(enlarge)
         if logits is None or enlarge == 1:
             return feats, logits

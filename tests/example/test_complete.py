@@ -191,6 +191,9 @@ def test_enlarged_images_add_to_what_the_network_says(folders, trained):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_features, "SMALL", 40 * 48 - 1)
         assert torch.equal(described()[0], feats)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_features, "FrozenNetwork", str)  # as if the backbone had been trained
+        assert torch.equal(described()[0], feats)
     assert (feats.shape[-2:], finer.shape[-2:]) == ((5, 6), (10, 12))
     finished = load_finished([trained / "latest.pt"], torch.device("cpu"))[0]
     with torch.no_grad():
