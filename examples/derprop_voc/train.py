@@ -78,7 +78,8 @@ def make_fabric(config: Config) -> Fabric:
     """One process, or DDP over the processes that torchrun started.
 
     Raises:
-        ConfigError: where the accelerator is missing, or batches do not split evenly over the processes.
+        ConfigError: where the accelerator is missing or cannot do the arithmetic asked for, or batches do not split
+            evenly over the processes.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -89,6 +90,12 @@ def make_fabric(config: Config) -> Fabric:
     accelerator = "cuda" if cuda and config.accelerator != "cpu" else "cpu"
     if accelerator == "cpu" and config.precision == "16-mixed":
         raise ConfigError("precision: 16-mixed needs a CUDA device; use bf16-mixed")
+    if accelerator == "cpu" and config.precision == "bf16-mixed" and config.channels_last:
+        # Seen with torch 2.14 on a processor with AMX: values that nothing wrote, now and then.
+        raise ConfigError(
+            "precision: bf16-mixed gives NaN gradients of dilated depthwise convolutions on CPUs with channels_last; "
+            "use --no-channels-last or --precision 32-true"
+        )
     for name in ("labeled_batch",) if config.variant == "supervised" else ("labeled_batch", "unlabeled_batch"):
         images, rest = divmod(getattr(config, name), processes)
         if rest:

@@ -76,6 +76,15 @@ def test_fp16_needs_a_gpu(scenes, tmp_path, monkeypatch):
         run(tiny(scenes, tmp_path, precision="16-mixed"), progress=False)
 
 
+def test_bf16_on_a_cpu_refuses_channels_last(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        ConfigError, match=r"^precision: bf16-mixed gives NaN .*; use --no-channels-last or --precision"
+    ):
+        run(tiny(scenes, tmp_path, precision="bf16-mixed", channels_last=True), progress=False)
+    assert not any(tmp_path.iterdir())
+
+
 def scaled(monkeypatch, **options):
     """Lets the CPU train in fp16 with a gradient scaler, as a GPU does."""
 
