@@ -132,7 +132,7 @@ def add_complete_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"<stem>.png or <stem>_mask.png for each image: class ids on the labelled pixels, {VOID} elsewhere",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for masks and overlays")
-    add_features_arguments(parser, enlarge=None)
+    add_features_arguments(parser)
     parser.add_argument(
         "--only-labelled", action="store_true",
         help="with --run: an image holds no other classes than those labelled in it",

@@ -58,9 +58,8 @@ def standardised(features: Tensor) -> Tensor:
 ENLARGED, SMALL = 2, 640 * 640
 
 
-def add_features_arguments(parser: argparse.ArgumentParser, *, enlarge: float | None = 1.0) -> None:
-    """Flags that say where features come from; `enlarge` is the default, None for twice where images are small."""
-    by_itself = f"{ENLARGED} with a frozen backbone and images of up to 640 x 640 pixels, else 1"
+def add_features_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say where features come from."""
     parser.add_argument(
         "--run", type=Path, metavar="FOLDER", help="run folder of a trained network; without, a backbone"
     )
@@ -81,9 +80,8 @@ def add_features_arguments(parser: argparse.ArgumentParser, *, enlarge: float | 
     parser.add_argument(
         "--enlarge",
         type=float,
-        default=enlarge,
         help="features of images so many times larger, for thin classes; with --run logits are the mean of those of "
-        f"both sizes ({by_itself if enlarge is None else '%(default)s'})",
+        f"both sizes ({ENLARGED} with a frozen backbone and images of up to 640 x 640 pixels, else 1)",
     )
 
 

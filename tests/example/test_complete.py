@@ -178,7 +178,7 @@ def test_enlarged_images_add_to_what_the_network_says(folders, trained):
     images, labels, _ = folders
     path = sorted(images.iterdir())[0]
     parser = argparse.ArgumentParser()
-    add_features_arguments(parser, enlarge=None)
+    add_features_arguments(parser)
     add_machine_arguments(parser)
 
     def described(*options):
