@@ -83,11 +83,10 @@ def test_sharp_kernels_take_no_longer_than_mild_ones(options):
 
     def seconds(sharpness):
         affinity = Softmax(similarity="gaussian", normalize=None, weights=(sharpness,), **options)
-        propagate, taken = DerivativeLabelPropagation(affinity), []
-        for _ in range(5):
-            start = time.perf_counter()
-            propagate(logits, feats)
-            taken.append(time.perf_counter() - start)
-        return min(taken)
+        propagate = DerivativeLabelPropagation(affinity)
+        start = time.perf_counter()
+        propagate(logits, feats)
+        return time.perf_counter() - start
 
-    assert seconds(1e4) < 4 * seconds(1.0)
+    mild, sharp = zip(*((seconds(1.0), seconds(1e4)) for _ in range(7)), strict=True)  # in turns, beside other work
+    assert min(sharp) < 4 * min(mild)

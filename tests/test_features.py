@@ -111,3 +111,12 @@ def test_half_precision_is_normalised_in_float32(kind):
     out = normalize_features(x, kind)
     assert out.dtype == torch.float32
     assert_close(out, oracle.normalize(x[0].double().numpy(), kind)[None], "similarity")
+
+
+@pytest.mark.parametrize("normalize", ["l1", "l2"])
+def test_a_norm_that_overflows_is_nan(normalize):
+    """Not 0, as the inverse of infinity is."""
+    x = torch.tensor([[[2e38, 1.0], [2e38, 1.0]]])
+    out = normalize_features(x, normalize)
+    assert out[:, :, 0].isnan().all()
+    assert torch.equal(out[:, :, 1], normalize_features(x[:, :, 1:], normalize)[:, :, 0])

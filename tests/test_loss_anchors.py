@@ -196,3 +196,18 @@ def test_the_host_waits_for_nothing(form, norm, num_anchors):
     feats.requires_grad_()
     loss_of(feats, target, mask=mask, norm=norm, num_anchors=num_anchors).backward()
     assert feats.grad.shape == feats.shape
+
+
+def test_anchors_are_drawn_alike_whatever_the_default_dtype():
+    """In bfloat16 most lots would tie, and the first pixels would win."""
+    feats, labels = torch.rand(1, 4, 64, 64), torch.randint(0, 3, (1, 64, 64))
+    loss = DerivativeLoss(num_anchors=8)
+    values = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            torch.default_generator.manual_seed(0)
+            values.append(loss(feats, labels))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*values)

@@ -580,8 +580,7 @@ ORDERS = {
 SIMILARITY = {
     "distance not halved": ("(lengths + others.mT) / 2)", "(lengths + others.mT))", ["matrix"]),
     "norms of the rows twice": ("(lengths + others.mT) / 2", "lengths", ["matrix"]),
-    "squares about zero": ("rows, columns = rows - origin, columns - origin", "pass", ["matrix"]),
-    "origin of one side": ("rows, columns = rows - origin, columns - origin", "rows = rows - origin", ["matrix"]),
+    "distance in float32": ('statistics_dtype(feats) if similarity == "gaussian" else ', "", ["matrix"]),
     "no exponential": ("torch.exp(rows", "(rows", ["matrix"]),
 }
 FEATURES = {

@@ -331,6 +331,16 @@ def test_forward_mode_is_refused():
                     call(*dual)
 
 
+@pytest.mark.xfail(torch.__version__ < "2.7", reason="the compiler of torch 2.6 drops the tangent before it calls")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_forward_mode_is_refused_when_compiled():
+    """The compiler leaves a function with a tangent to Python, and compiles what it calls."""
+    rows, target = pair_inputs("features")
+    compiled = torch.compile(_ops.pairwise_l1, backend="eager")
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"dlprop.*forward-mode"):
+        compiled(forward_ad.make_dual(rows, rows), target)
+
+
 class _Recorder(TorchDispatchMode):
     """Notes the arguments of every call of an op of this library."""
 

@@ -512,6 +512,15 @@ def test_state_dict_round_trip():
         ClassStatistics(2, 4).load_state_dict(own.state_dict())
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_of_half_precision_is_loaded_in_float64(assign):
+    own, other = updated(*draw(0, 7)), ClassStatistics(3, 4)
+    halves = {f"0.{name}": x.half() for name, x in own.state_dict().items()}
+    nn.Sequential(other).load_state_dict(halves, assign=assign)
+    assert {x.dtype for x in other.buffers()} == {torch.float64}
+    assert torch.equal(other.counts, own.counts.half().double())
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_go_their_own_way(copied):
     own = updated(*draw(0, 7))

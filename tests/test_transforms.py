@@ -111,6 +111,18 @@ def test_gradients_of_several_at_once(name):
     assert_close(vmap(grad(scalar(name)))(several), want, "gradient")
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.7", raises=TypeError, strict=False, reason="torch 2.6 cannot map an input that is None"
+)
+@functions
+def test_gradient_of_several_together(name):
+    """The gradient is taken outside vmap, where a tensor does not say that it will be."""
+    several = batch(3, FEATS)
+    want = by_loop(lambda V: gradient(scalar(name), V), several)
+    for of in (gradient, lambda function, x: grad(function)(x)):
+        assert_close(of(lambda x: vmap(scalar(name))(x).sum(), several), want, "gradient")
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_vmap_over_logits_feats_masks_and_all_of_them(name):
     """On one grid and on two; also where the batch axis is not the first."""

@@ -535,3 +535,12 @@ def test_several_steps_refine_a_prediction_on_the_image():
         P = module(P, image)
     assert_close(P.sum(1), np.ones((1, 12, 16)), "propagation")
     assert torch.equal(P.argmax(1), truth[:, 0].long())
+
+
+def test_a_radius_beyond_the_image_lists_no_offsets_beyond_it():
+    """All offsets of this radius would not fit any memory."""
+    logits, feats = torch.randn(1, 2, 3, 4), torch.randn(1, 3, 3, 4)
+    wide, whole = (
+        DerivativeLabelPropagation(Softmax(over="sources", radius=radius))(logits, feats) for radius in (10**6, 3)
+    )
+    assert torch.equal(wide, whole)

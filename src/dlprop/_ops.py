@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import Function, forward_ad
 from torch.library import define, impl, register_autograd, register_fake, register_vmap
 
 from ._checks import transforms_active
@@ -57,7 +56,7 @@ def _refuse_forward_mode(*_: Any) -> None:
 
 def _refuse_tangents(*tensors: Tensor) -> None:
     # A custom op drops the tangent of a dual tensor without a word.
-    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         _refuse_forward_mode()
 
 
@@ -172,7 +171,8 @@ def pairwise_l1(
 ) -> Tensor:
     """The losses of `dlprop::pairwise_l1`; the gradient is computed along if one will be asked for."""
     _refuse_tangents(rows)
-    need_grad = torch.is_grad_enabled() and rows.requires_grad
+    # A tensor inside vmap does not say whether what it was made of requires a gradient.
+    need_grad = torch.is_grad_enabled() and (rows.requires_grad or transforms_active())
     op = _PairwiseL1.apply if transforms_active() else torch.ops.dlprop.pairwise_l1
     loss: Tensor = op(rows, target, columns, column_target, tile, backend, need_grad)[0]
     return loss

@@ -22,14 +22,15 @@ class MomentumAverager(AveragedModel):
     (then for instance momentum 0.996). The copy, `.module`, needs no gradient and stays in eval mode, whatever
     `train()` is called on; calling the averager calls it. It is a `torch.optim.swa_utils.AveragedModel`, and whatever
     takes one takes it: `torch.optim.swa_utils.update_bn(loader, averager)` refills the statistics of its BatchNorm
-    layers, which are in train mode then and only then (layers made with `momentum=None` are not refilled).
+    layers, which are in train mode then and only then (those of layers made with `momentum=None` it resets instead).
 
     The average has the dtype of `model` at construction. In half precision small steps round away, so build it from
     the float32 model and cast the model afterwards; updates convert.
 
     Args:
         model: the module to follow; DistributedDataParallel, DataParallel and `torch.compile` wrappers are removed.
-        momentum: weight `m` of the old average in [0, 1], or a callable from the number of updates already made to it.
+        momentum: weight `m` of the old average in [0, 1], or a callable from the number of updates already made to it,
+            1 or more.
         buffers: what to do with floating buffers such as BatchNorm's statistics: "average" them, "copy" them, or
             leave them ("none"; recompute them with `update_bn(loader, averager)`). Other buffers, such as
             counters, are always copied.
@@ -102,7 +103,7 @@ class MomentumAverager(AveragedModel):
         pairs = self._pairs(unwrap(model))
         updates = int(self.n_averaged) if self._updates is None else self._updates
         momentum = self.momentum
-        if callable(momentum):
+        if callable(momentum) and updates > 0:
             momentum = _checks.real("momentum(updates)", momentum(updates), 0.0, 1.0)
         for ours, theirs, is_averaged in pairs:
             if updates == 0 or not is_averaged:

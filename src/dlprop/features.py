@@ -31,12 +31,14 @@ def flatten(x: Tensor) -> Tensor:
 def inverse_norm(x: Tensor, p: int, dim: int = 1) -> Tensor:
     """`1 / ||x_i||_p` for p = 1 or 2 along ``dim``, which is kept with size 1; 0 with zero gradient for a zero vector.
 
-    A plain `1 / max(norm, eps)` would give a zero vector the gradient `1 / eps`.
+    A plain `1 / max(norm, eps)` would give a zero vector the gradient `1 / eps`. A norm that overflows is NaN, since
+    its inverse would make the vector 0.
     """
     total = _sum_of_powers(x, p, dim)
     is_zero = total == 0  # false for NaN, which therefore stays NaN
     norm = torch.where(is_zero, 1, total)
-    return torch.where(is_zero, 0, 1 / (norm if p == 1 else norm.sqrt()).clamp_min(EPS))
+    inverse = 1 / (norm if p == 1 else norm.sqrt()).clamp_min(EPS)
+    return torch.where(is_zero, 0, inverse).masked_fill(total.isinf(), torch.nan)
 
 
 def _sum_of_powers(x: Tensor, p: int, dim: int) -> Tensor:
@@ -126,7 +128,7 @@ class Pixels:
     Attributes:
         feats: `(N, D, m)`, never modified nor masked; `targets.feats is sources.feats` where they are the same.
         logits: `(N, C, M)`. Of a source what it gives, 0 where a mask leaves it out; of a target its own, masked or
-            not, and 0 where the targets are other pixels than the sources.
+            not, and (N, C, 1) zeros where the targets are other pixels than the sources.
         counts: `(N, 1, M)`, how many sources a source pixel stands for, a share of one perhaps; None is one for each.
         grid: height and width of the M pixels, None where they are flat.
         points_per_source: below 1 where sources of a finer grid were brought to the points of the features.
@@ -139,6 +141,10 @@ class Pixels:
     grid: Sequence[int] | None = None
     points_per_source: float = 1.0
     upsampling: Upsampling | None = None
+
+    def with_feats(self, feats: Tensor) -> "Pixels":
+        """The same pixels with other features; torch 2.6 cannot compile `dataclasses.replace`."""
+        return Pixels(feats, self.logits, self.counts, self.grid, self.points_per_source, self.upsampling)
 
     def upsample(self, x: Tensor) -> Tensor:
         """`x U`: (N, K, m) at the points of the features as (N, K, M) at the pixels."""

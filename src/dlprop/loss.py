@@ -224,7 +224,7 @@ class DerivativeLoss(nn.Module):
         K = self.num_anchors
         if K is None or V.shape[1] <= K:
             return None, 1.0
-        lots = torch.rand(V.shape[:2], device=V.device)
+        lots = torch.rand(V.shape[:2], device=V.device, dtype=torch.float32)  # in bfloat16 most would tie
         if valid is not None:
             lots = lots.masked_fill(~valid, -1)
         return lots.topk(K, dim=1, sorted=False).indices, count / count.clamp(1, K)

@@ -185,7 +185,7 @@ class DerivativeLabelPropagation(nn.Module):
             logits: as in `derivative_label_propagation`.
             feats: likewise.
             ramp: share of the propagated prediction in [0, 1]; the paper's is epoch / epochs.
-            target_feats: likewise, on the grid of `feats`: the blend needs both predictions at the same pixels.
+            target_feats: likewise, on the grid of `feats` or of `logits`: both predictions are of the same pixels.
             mask: likewise.
 
         Returns:
@@ -193,7 +193,7 @@ class DerivativeLabelPropagation(nn.Module):
 
         Raises:
             TypeError: as the propagation, or `ramp` is no number.
-            ValueError: as the propagation, `ramp` outside [0, 1], or a `target_feats` on another grid.
+            ValueError: as the propagation, `ramp` outside [0, 1], or a `target_feats` on a third grid.
 
         Example:
             >>> logits, feats = torch.zeros(1, 4, 8, 8), torch.rand(1, 16, 8, 8)
@@ -211,7 +211,7 @@ class DerivativeLabelPropagation(nn.Module):
         propagated = self(whole, *features, mask=mask)
         if propagated.shape != logits.shape:
             raise ValueError(
-                "target_feats must have the grid of feats for rectify, which blends both predictions pixel by pixel, "
+                "target_feats must have the grid of feats or of logits for rectify, which blends both pixel by pixel, "
                 f"got propagated logits {tuple(propagated.shape)} for logits {tuple(logits.shape)}"
             )
         with exact(logits):

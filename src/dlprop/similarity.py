@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._precision import exact, working_dtype
+from ._precision import exact, statistics_dtype, working_dtype
 from .difference import STEP, Scheme, difference
 from .features import Normalize, flatten, normalize_features
 
@@ -44,7 +44,7 @@ def derivative_similarity(
 
     Returns:
         `(N, M, M')`, or `(N, K, M')` with `query`, in the dtype of `feats`. A zero vector has dot product and cosine
-        0 and receives zero gradient from them.
+        0; normalising it, or taking its cosine, gives it zero gradient.
 
     Raises:
         TypeError: a tensor of the wrong kind or dtype, or an order that is no int.
@@ -82,13 +82,11 @@ def derivative_similarity(
         rows = differences(_query_pixels(flatten(feats), query))
     else:
         rows = columns if target_feats is None else differences(feats)
-    dtype = working_dtype(rows, columns)
+    # Squares of length cancel in a distance.
+    dtype = statistics_dtype(feats) if similarity == "gaussian" else working_dtype(rows, columns)
     rows, columns = rows.mT.to(dtype), columns.mT.to(dtype)
     with exact(feats):
         if similarity == "gaussian":
-            # Distances do not change with the origin, and squares about the mean cancel least.
-            origin = rows.detach().mean(dim=1, keepdim=True).nan_to_num(0, 0, 0)
-            rows, columns = rows - origin, columns - origin
             lengths, others = (x.square().sum(dim=2, keepdim=True) for x in (rows, columns))
             return torch.exp(rows @ columns.mT - (lengths + others.mT) / 2).to(feats.dtype)
         return (rows @ columns.mT).to(feats.dtype)

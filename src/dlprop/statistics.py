@@ -1,7 +1,7 @@
 """Class statistics of features: counts, sums and scatter, which add over pixels, images, data sets and processes."""
 
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -62,9 +62,9 @@ class ClassStatistics(nn.Module):
             devices or dtypes, labels out of range (CPU), a factor outside [0, 1].
 
     Cost:
-        `update`: one product `V V^T` and one with C rows; beyond the inputs O(C D + D^2) and blocks of 2,048 pixels, 11
-        MiB for 21 classes and 256 channels, and the C shares of an image at the points of its features where its
-        logits or labels have another grid.
+        `update`: one product `V V^T` and one with C rows; beyond the inputs O(C D + D^2) and blocks of pixels, 11 MiB
+        for 21 classes and 256 channels (22 where these are of half precision), and the C shares of an image at the
+        points of its features where its logits or labels have another grid.
 
     Example:
         >>> statistics = ClassStatistics(num_classes=2, channels=1)
@@ -205,6 +205,12 @@ class ClassStatistics(nn.Module):
         second = own.second + own.total() * gap[:, None] * gap
         dist.all_reduce(second, group=group)
         self._set(Statistics(counts, sums, second))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load, but not in a lower precision, which `assign=True` would take over."""
+        super()._load_from_state_dict(*args)
+        for name, x in self.named_buffers(recurse=False):
+            setattr(self, name, x.to(statistics_dtype(x)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow a module to its device, but not to a lower precision."""

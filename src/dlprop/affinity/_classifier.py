@@ -1,6 +1,6 @@
 """What ridge and discriminant share: a classifier of features in closed form, regularised by the derivative metric."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -46,7 +46,7 @@ class Classifier(Orders):
         """Both with normalised features, checked."""
         self.check_channels(sources.feats)
         V, W = self.normalized_at_points(sources, targets)
-        return replace(sources, feats=V), replace(targets, feats=W)
+        return sources.with_feats(V), targets.with_feats(W)
 
     def statistics_of(self, sources: Pixels, weights: Tensor, *, are_shares: bool = False) -> Statistics:
         """The statistics of each image, or of all together, for class weights (N, C, M), perhaps shares of 1."""

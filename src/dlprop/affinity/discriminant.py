@@ -61,7 +61,7 @@ class Discriminant(Classifier):
     Cost:
         Time O(N M D (C + D) + N D^3), by stored statistics alone O(N M D C + D^3); memory O(N (C D + D^2)) beyond the
         output, and a copy of the features if they are normalised. At full resolution the same, on the grid of the
-        features.
+        features, with up to six copies of them.
 
     Example:
         >>> from dlprop import DerivativeLabelPropagation

@@ -35,7 +35,8 @@ class Linear(Orders):
         similarity: "dot" or "cosine", see `derivative_similarity`.
         scale: "sum" is Eq. 4; "mean" divides by the number of sources; "degree" divides by `\sum_i S_ij`, an affine
             combination of the logits. It is meant for non-negative features: a target whose degree is not above 0.001
-            of the mean absolute degree of its image keeps its own logits (gets 0 where `target_feats` is given).
+            of the mean absolute degree of its image keeps its own logits, as all do in an image without a source (gets
+            0 where `target_feats` is given).
 
     Raises:
         TypeError: options of the wrong type.

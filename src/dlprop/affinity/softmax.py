@@ -56,10 +56,10 @@ class Softmax(Orders):
 
     Cost:
         Time O(N M M' (D + C)), at full resolution with M pixels of the logits. Memory: over targets O(chunk_size * M'),
-        over sources chunk_size times a tile, and copies of the features unless similarity is "dot". Over sources those
+        over sources chunk_size times a tile, and up to six copies of the features. Over sources those
         that a mask leaves out cost nothing more on CPUs in eager mode; elsewhere pass the others alone, as flat
         `(N, C, k)` and `(N, D, k)` with the image as `target_feats`. A window of k offsets costs O(N M k (D + C)) and
-        O(N M C) memory.
+        O(N M (C + D)) memory.
 
     Example:
         >>> from dlprop import DerivativeLabelPropagation
@@ -163,8 +163,11 @@ class Softmax(Orders):
         bias = _times(sources.counts, bias)
         logits, queries, keys = (x.unflatten(2, tuple(grid)) for x in (sources.logits, queries, keys))
         bias = None if bias is None else bias[:, None].unflatten(2, tuple(grid))
-        offsets = _offsets(self.radius or 0, self.dilation)
+        radius = self.radius or 0
         if not torch.compiler.is_compiling():  # which would fix the sizes; beyond the image there is nothing to see
+            radius = min(radius, max(grid))
+        offsets = _offsets(radius, self.dilation)
+        if not torch.compiler.is_compiling():
             offsets = [(dy, dx) for dy, dx in offsets if abs(dy) < grid[0] and abs(dx) < grid[1]]
         return window_affinity(logits, queries, keys, bias, offsets).flatten(2)
 
