@@ -16,7 +16,8 @@ from .errors import CheckpointError, ConfigError, DataError, DivergedError
 
 DONE, BAD_INPUT, DIVERGED, INTERRUPTED, PIPE_CLOSED = 0, 2, 3, 130, 141
 UNWRITABLE = (
-    *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EROFS),
+    *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC),
+    *(errno.ENOTDIR, errno.EPERM, errno.EROFS),
 )
 
 # Name -> (module, one line of help). The module has `add_<name>_arguments(parser)` and `<name>_command(arguments)`, and
@@ -47,9 +48,7 @@ def _unrecognized(unknown: Sequence[str], parser: argparse.ArgumentParser) -> st
     return f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {close[0]}?" if close else "")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.derprop_voc", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (file, text) in COMMANDS.items():
@@ -61,7 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         commands.choices[arguments.command].error(_unrecognized(unknown, commands.choices[arguments.command]))
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
     try:
+        arguments = _parsed(sys.argv[1:] if argv is None else argv)
         arguments.run_command(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads, `head` for one, has seen enough; nothing is left to be flushed at the exit

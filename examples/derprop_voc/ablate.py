@@ -51,6 +51,8 @@ def ablate_command(arguments: argparse.Namespace) -> None:
         ConfigError: for an unknown variant or option, and for runs that failed (after all others were done).
     """
     base = values_from_arguments(arguments)
+    if getattr(arguments, "seed", None) is not None:
+        raise ConfigError(f"seed: ablate takes several, --seeds {arguments.seed}")
     out = Path(base.pop("out", "runs/ablation"))
     jobs = make_jobs(base, read_grid(arguments.grid), arguments.seeds, out, only=arguments.only)
     variants = list(dict.fromkeys(job.variant for job in jobs))

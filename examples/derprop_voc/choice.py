@@ -40,6 +40,7 @@ class Finished:
     networks: dict[str, nn.Module]
     config: Config
     class_names: tuple[str, ...]
+    lists: str  # of what it was trained on, see `data.digest`
 
     @property
     def digest(self) -> str:
@@ -186,7 +187,9 @@ def _finished(name: str, path: Path, device: torch.device) -> Finished:
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     for part in networks.values():
         part.to(device).to(memory_format=layout).eval()
-    return Finished(name, path, checkpoint["step"], checkpoint["epoch"], networks, config, class_names)
+    return Finished(
+        name, path, checkpoint["step"], checkpoint["epoch"], networks, config, class_names, checkpoint["lists"]
+    )
 
 
 def make_device(accelerator: str, threads: int) -> torch.device:

@@ -31,7 +31,7 @@ from .choice import (
     with_propagation,
 )
 from .config import make_config
-from .data import SegmentationDataset, check_mask, find_places, read_list, read_mask
+from .data import Data, SegmentationDataset, check_mask, digest, find_places, read_list, read_mask
 from .errors import ConfigError, DataError
 from .evaluate import confusion, gain, labels_at, mean_iou, outputs
 from .files import versions, write_bytes, write_json, write_yaml
@@ -131,6 +131,17 @@ def held_out(finished: Finished, images: Path, overrides: Mapping[str, Any]) -> 
             raise DataError(
                 f"{images}: expected images that the network was not trained on, found {len(seen)} of {place}, "
                 f"{seen[0]} the first; hold labelled images out of the training (command split, --val)"
+            )
+    if of_run.data == finished.config.data and source.has_partition(of_run.partition):
+        own = find_places(of_run, source)
+        labeled = read_list(own.labeled, source.root, source.item)
+        unlabeled = (
+            [] if finished.config.variant == "supervised" else read_list(own.unlabeled, source.root, source.item)
+        )
+        if digest(Data(labeled, unlabeled, [], ())) != finished.lists:
+            raise DataError(
+                f"{own.labeled}: the lists of {of_run.partition} have changed since {finished.path} was trained, so "
+                "nobody can say which images it has seen; bring them back, or train again"
             )
     for item in items:
         check_mask(item, len(finished.class_names), source.missing_mask)

@@ -229,13 +229,14 @@ WITH_NETWORK = ("network", "last layer")  # how the rows start that differ betwe
 
 
 class Pieces:
-    """Pieces of a clip, each with its first frame given; frames that the network was trained on are not scored."""
+    """Pieces of a clip, each with its first frame given; frames of the network's labels and of val are not scored."""
 
     def __init__(self, clip: Clip) -> None:
-        trained = {item.name for item in load_data(clip.finished.config).labeled}
+        data = load_data(clip.finished.config)
+        not_counted = {item.name for item in (*data.labeled, *data.val)}
         starts = range(0, len(clip.frames) - PIECE + 1, EVERY)
         self.pieces = [Clip(clip.finished, clip.classifier, clip.frames[start : start + PIECE]) for start in starts]
-        self.scored = {frame.item.name for piece in self.pieces for frame in piece.frames[1:]} - trained
+        self.scored = {frame.item.name for piece in self.pieces for frame in piece.frames[1:]} - not_counted
         if not self.scored:
             raise ConfigError(
                 f"choose_on: expected pieces of {PIECE} frames with some that the network was not trained on, "

@@ -197,7 +197,7 @@ class Config:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option("32-true", "arithmetic of the network")
     channels_last: bool = option(False, "memory format of the network; faster on most machines")
     threads: int = option(0, "CPU threads; 0: torch's choice. Results are repeatable for one number of threads", low=0)
-    seed: int = option(0, "seed of everything random", low=0)
+    seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
 
     evaluation: Literal["original", "sliding_window", "center_crop"] = option("original", "how images are scored")
     evaluate_every: int = option(0, "epochs between validations, which choose best.pt; 0: at the end only", low=0)
@@ -223,8 +223,14 @@ class Config:
             raise ConfigError(f"image_size: expected a height and a width, got {list(self.image_size)}")
         if len(self.rescale) != 2 or not 0 < self.rescale[0] <= self.rescale[1]:
             raise ConfigError(f"rescale: expected two positive numbers in rising order, got {list(self.rescale)}")
-        if not self.order_weights or not all(map(math.isfinite, self.order_weights)):
-            raise ConfigError(f"order_weights: expected a finite number for each order, got {list(self.order_weights)}")
+        if not self.order_weights:
+            raise ConfigError("order_weights: expected a number for each order, got none")
+        if not all(rate >= 1 for rate in self.atrous_rates):
+            raise ConfigError(f"atrous_rates: expected at least 1, got {list(self.atrous_rates)}")
+        if not self.out:
+            raise ConfigError("out: expected a folder, got an empty name")
+        if len(set(self.class_names)) != len(self.class_names):
+            raise ConfigError(f"class_names: expected different names, got {', '.join(self.class_names)}")
         step = 2 if self.scheme in ("central", "laplacian") else 1
         highest = max(len(self.order_weights) - 1, self.max_order + 1 if self.has_derivative_loss else 0)
         if highest * step >= self.propagation_channels:
@@ -345,6 +351,9 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
 
 
 def _check_range(name: str, value: Any, low: float | None, high: float | None) -> None:
+    numbers = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise ConfigError(f"{name}: expected finite numbers, got {value}")
     if low is not None and not low <= value:
         raise ConfigError(f"{name}: expected at least {low}, got {value}")
     if high is not None and not value <= high:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
@@ -84,6 +84,11 @@ def load_data(config: Config) -> Data:
     if highest < 0:
         raise DataError(f"{places.labeled}: expected labelled pixels, found only void ({VOID})")
     names = source.class_names or tuple(str(index) for index in range(known or highest + 1))
+    if len(names) < 2:
+        raise DataError(
+            f"{places.labeled}: expected two classes or more, found {', '.join(names)} alone; {VOID} is void and no "
+            "class, so masks of 0 and 255 hold one"
+        )
     if max(check_mask(item, len(names), source.missing_mask) for item in val) < 0:
         raise DataError(f"{places.val}: expected labelled pixels, found only void ({VOID})")
     measured = config.measure_pseudo_labels and all(item.mask.is_file() for item in unlabeled)
@@ -108,13 +113,22 @@ def read_list(place: Path, root: Path, item: Callable[[Path, Sequence[str]], Ite
 
 
 def check_image(path: Path) -> tuple[int, int]:
-    """Width and height of an image that exists, opens and is not cut off."""
+    """Width and height of an image that exists, opens, is not cut off and has 8 bits a channel; as it is shown."""
     if not path.is_file():
         raise DataError(f"{path}: expected an image, found no such file")
     with _opened(path, "an image") as image:
         if not _is_whole(path, image.format):
             image.load()
-        return image.size
+        if image.mode.startswith(("I", "F")):  # whose range says nothing of the picture's
+            raise DataError(
+                f"{path}: expected an image of 8 bits a channel, found mode {image.mode}; scale it to these"
+            )
+        return image.size[::-1] if _orientation(image) >= 5 else image.size
+
+
+def _orientation(image: Image.Image) -> int:
+    """What a camera noted, 1 to 8, from 5 on with the sides exchanged; a PNG would have to be decoded for it."""
+    return 1 if image.format == "PNG" else int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
 def _is_whole(path: Path, format_name: str | None) -> bool:
@@ -163,9 +177,10 @@ def read_mask(item: Item) -> np.ndarray:
 
 
 def read_image(path: Path, size: Sequence[int] = ()) -> tv_tensors.Image:
-    """(3, H, W) uint8 image, resized to `size` (height, width) if given."""
+    """(3, H, W) uint8 image as its EXIF orientation shows it, resized to `size` (height, width) if given."""
     with _opened(path, "an image") as stored:
-        image = tv_tensors.Image(TF.pil_to_tensor(stored.convert("RGB")))
+        shown = stored if _orientation(stored) == 1 else ImageOps.exif_transpose(stored)
+        image = tv_tensors.Image(TF.pil_to_tensor(shown.convert("RGB")))
     return TF.resize(image, list(size), antialias=True) if size else image
 
 
@@ -177,7 +192,9 @@ def _opened(path: Path, expected: str) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError:
         raise DataError(f"{path}: expected {expected}, found a file that does not open as one") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow, of a PNG's chunks
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow, of a PNG's chunks
         raise DataError(f"{path}: expected {expected} that is whole, found: {error}") from None
 
 

@@ -89,6 +89,10 @@ def demo_command(arguments: argparse.Namespace) -> None:
 def measure(out: Path, *, seed: int, threads: int, steps: int) -> Scores:
     """Scenes, runs and the picture of one seed, and for every run P, P~ and P with clicks, and seconds of training."""
     configs = demo_configs(out, seed=seed, threads=threads, steps=steps)
+    for config in configs.values():  # its own runs are made again, others are not
+        own = Path(config.out) / "config.yaml"
+        if own.exists() and read_yaml(own).get("data") != config.data:
+            raise ConfigError(f"out: {config.out} holds a run of something else; choose another folder")
     write_scenes(out / "data", labeled=SCENES["labeled"], unlabeled=SCENES["unlabeled"], val=SCENES["val"], seed=seed)
     print(f"Scenes in {out}/data: {', '.join(f'{count} {split}' for split, count in SCENES.items())}.", flush=True)
     scores: Scores = {}

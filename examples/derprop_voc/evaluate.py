@@ -200,7 +200,7 @@ def make_metric(num_classes: int) -> MetricCollection:
 def summarise(metric: MetricCollection, class_names: Sequence[str]) -> dict[str, Any]:
     """Plain values of `make_metric`'s result; IoU is None for a class in neither truth nor prediction."""
     values = metric.compute()
-    confusion = values["confusion"]
+    confusion = values["confusion"].view(len(class_names), -1)  # a number for one class
     seen = (confusion.sum(0) + confusion.sum(1)) > 0
     iou = {
         name: value if present else None

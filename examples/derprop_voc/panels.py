@@ -105,7 +105,9 @@ def draw_panel(
                       fontsize=11, color=INK, fontweight="bold")  # fmt: skip
         axis.annotate(note, (0.5, 1), xytext=(0, 5), textcoords="offset points", xycoords="axes fraction", ha="center",
                       fontsize=9, color="#5b6470")  # fmt: skip
-    figure.text(0.15 / size[0], 1 - 0.12 / size[1], title, fontsize=13, color=INK, fontweight="bold", va="top")
+    figure.text(
+        0.15 / size[0], 1 - 0.12 / size[1], title, fontsize=13, color=INK, fontweight="bold", va="top", parse_math=False
+    )  # a name may hold dollars
     figure.legend(
         handles=[
             Patch(facecolor=colour, edgecolor=FRAME, linewidth=0.6, label=name)

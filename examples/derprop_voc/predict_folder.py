@@ -82,7 +82,8 @@ def predict_command(arguments: argparse.Namespace) -> None:
     device = make_device(arguments.accelerator, arguments.threads)
     (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
     images = list_images(arguments.images, finished.config)
-    if arguments.out.resolve() in {path.resolve().parent for path in images}:
+    places = {place for path in images for place in (path.parent.resolve(), path.resolve().parent)}
+    if arguments.out.resolve() in places:
         raise ConfigError(f"out: expected another folder than the images' own, got {arguments.out}")
     options = propagation_options(arguments)
     label = make_labels(finished, images, arguments, with_propagation(finished.config, options))

@@ -139,7 +139,7 @@ def draw_similarity_maps(
     axes[0].imshow(image.permute(1, 2, 0).cpu().numpy(), extent=extent)
     axes[0].set_title(f"row {row}, column {column}", fontsize=10, color=INK)
     axes[1].imshow(colours[labels], extent=extent, interpolation="nearest")
-    axes[1].set_title(f"prediction: {class_names[labels[row, column]]}", fontsize=10, color=INK)
+    axes[1].set_title(f"prediction: {class_names[labels[row, column]]}", fontsize=10, color=INK, parse_math=False)
     for axis, (name, values) in zip(axes[2:], maps.items(), strict=True):
         shown = axis.imshow(values.cpu().numpy(), extent=extent, interpolation="nearest", cmap="viridis")
         axis.set_title(titles[name], fontsize=10, color=INK)
@@ -150,7 +150,7 @@ def draw_similarity_maps(
         bar.outline.set(edgecolor=FRAME, linewidth=0.6)
     for axis in axes:
         _mark(axis, row, column)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, fontweight="bold", parse_math=False)
     present = np.unique(labels)
     figure.legend(
         handles=[

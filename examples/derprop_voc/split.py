@@ -120,8 +120,15 @@ def _listed(folder: Path, source: Source) -> Lines:
             raise DataError(
                 f"{path}: expected {', '.join(IMAGE_SUFFIXES)} in lower case, found {path.suffix}; rename it"
             )
-    names = sorted(path.stem for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES)
-    return {item.image: (item, item.name) for item in (source.item(source.root, [name]) for name in names)}
+    by_name = [(path.stem, path) for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES]
+    names = [name for name, _ in sorted(by_name)]
+    items = [source.item(source.root, [name]) for name in names]
+    for path, item in zip((path for _, path in sorted(by_name)), items, strict=True):
+        if len(item.name.split()) != 1:
+            raise DataError(f"{path}: expected a name without spaces, which end a name in lists; rename it")
+        if item.image != path:
+            raise DataError(f"{path}: expected one image of this name, found {item.image.name}, too; rename one")
+    return {item.image: (item, item.name) for item in items}
 
 
 def _ordered(lines: Lines, seed: int) -> list[tuple[Path, tuple[Item, str]]]:

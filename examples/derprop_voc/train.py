@@ -134,6 +134,8 @@ def _run(fabric: Fabric, config: Config, data: Data, *, resume: bool, progress: 
     length = Length(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
     latest = out / "latest.pt"
     checkpoint = read_checkpoint(latest) if resume and latest.exists() else None
+    if resume and not checkpoint and not rank():
+        print(f"note: no {latest} to go on from, so the run begins")
     if checkpoint:
         check_resumable(latest, checkpoint, config, data)
 

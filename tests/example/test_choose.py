@@ -12,6 +12,7 @@ from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.choice import load_finished
 from examples.derprop_voc.choose import CONTROL, P, Setting, choose_setting, config_of, make_settings, markdown
 from examples.derprop_voc.config import make_config, read_yaml
+from examples.derprop_voc.data import digest, load_data
 from examples.derprop_voc.errors import DataError
 from examples.derprop_voc.evaluate import confusion, gain, mean_iou
 from examples.derprop_voc.scenes import write_scenes
@@ -176,6 +177,18 @@ def test_choose_refuses_images_the_network_was_trained_on(finished, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_choose_refuses_a_run_whose_lists_have_changed(finished, tmp_path, capsys):
+    data, out = finished
+    lists = data / "ImageSets" / "Segmentation" / "demo"
+    labeled = (lists / "labeled.txt").read_text()
+    (lists / "labeled.txt").write_text(labeled.splitlines()[0] + "\n")
+    try:
+        code = main(["choose", "--run", str(out), "--images", str(lists / "val.txt"), "--out", str(tmp_path / "out")])
+    finally:
+        (lists / "labeled.txt").write_text(labeled)
+    assert (code, "the lists of demo have changed since" in capsys.readouterr().err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
@@ -186,6 +199,7 @@ def test_choose_refuses_images_the_network_was_trained_on(finished, tmp_path, ca
 def test_unlabelled_images_count_as_trained_on_where_they_were_read(finished, variant, message):
     data, out = finished
     (item,) = load_finished([out / "latest.pt"], torch.device("cpu"))
-    item = replace(item, config=replace(item.config, variant=variant))
+    config = replace(item.config, variant=variant)
+    item = replace(item, config=config, lists=digest(load_data(config)))
     with pytest.raises(DataError, match=message):
         command.held_out(item, data / "ImageSets" / "Segmentation" / "demo" / "unlabeled.txt", {})

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from examples.derprop_voc.config import make_config
-from examples.derprop_voc.data import SegmentationDataset, load_data, read_image, read_list, read_mask
+from examples.derprop_voc.data import SegmentationDataset, check_image, load_data, read_image, read_list, read_mask
 from examples.derprop_voc.errors import ConfigError, DataError
 from examples.derprop_voc.sources import VOC_CLASSES, find_source
 from tests.example.data_sets import (
@@ -407,3 +407,40 @@ def test_a_partition_is_a_name_or_a_path(folder, tmp_path):
     place = folder / "ImageSets" / "Segmentation" / "1_8"
     with pytest.raises(DataError, match=rf"^{place}: expected the folder of a partition, found none, nor one at 1_8; "):
         load(folder, partition="1_8")
+
+
+# --- what cameras and other programs write ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_read_as_it_is_shown(folder, orientation):
+    shown = np.zeros((16, 32, 3), np.uint8)  # JPEG is exact enough on blocks of one colour
+    shown[:8, 8:16] = 255
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # what Pillow calls the inverse of each
+    stored = Image.fromarray(shown)
+    if orientation > 1:
+        stored = stored.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = folder / "JPEGImages" / "a.jpg"
+    stored.save(path, exif=exif, quality=100)
+    read = read_image(path).permute(1, 2, 0).numpy()
+    assert read.shape == shown.shape
+    assert (np.abs(read.astype(int) - shown) < 32).all()
+    assert check_image(path) == (32, 16)
+
+
+def test_images_of_more_than_8_bits_are_refused(folder):
+    path = folder / "JPEGImages" / "a.png"
+    (folder / "JPEGImages" / "a.jpg").unlink()
+    Image.fromarray(np.arange(48, dtype=np.uint16).reshape(SIZE) * 1000).save(path)
+    with pytest.raises(DataError, match=r"a.png: expected an image of 8 bits a channel, found mode I;16"):
+        load(folder, partition="half")
+
+
+def test_one_class_alone_is_refused(folder):
+    (folder / "classes.txt").unlink()
+    for path in (folder / "SegmentationClass").iterdir():
+        mask(path, [0, 0, 0, 0, 255, 255, 255, 255])
+    with pytest.raises(DataError, match=r"expected two classes or more, found 0 alone; 255 is void"):
+        load(folder, partition="half")

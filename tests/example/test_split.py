@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples.derprop_voc.split import checksum
-from tests.example.data_sets import command, lists_of, load, make_cityscapes, make_sbd, mask, names, write_list
+from tests.example.data_sets import command, lists_of, load, make_cityscapes, make_sbd, mask, names, picture, write_list
 
 
 def split(capsys, *arguments):
@@ -219,3 +219,15 @@ def test_a_file_where_a_folder_is_wanted_is_one_line(folder, capsys):
     place.touch()
     code, _, stderr = command(capsys, "split", "--data", folder, "--labeled", 2, "--out", place / "new")
     assert (code, stderr) == (2, f"error: {place / 'new'}: Not a directory\n")
+
+
+def test_names_that_a_list_cannot_hold_are_refused(folder, capsys):
+    (folder / "ImageSets" / "Segmentation" / "train.txt").unlink()
+    arguments = ("split", "--data", folder, "--labeled", 2, "--out", folder / "new")
+    for name, message in (("a.png", "expected one image of this name, found a.jpg, too"),
+                          ("my a.jpg", "my a.jpg: expected a name without spaces")):  # fmt: skip
+        picture(folder / "JPEGImages" / name)
+        code, _, stderr = command(capsys, *arguments)
+        assert (code, message in stderr) == (2, True), stderr
+        (folder / "JPEGImages" / name).unlink()
+    assert not (folder / "new").exists()

@@ -335,3 +335,7 @@ def test_demo_from_the_command_line(tmp_path, monkeypatch, capsys):
         of_run["corrected"] > of_run["P"] for of_run in scores.values()
     )  # hardly trained, but the clicks are right
     assert (tmp_path / "clicks.png").is_file()
+    path = tmp_path / "supervised" / "config.yaml"
+    path.write_text(path.read_text().replace(f"data: {tmp_path}", "data: mine"))
+    assert main(["demo", "--steps", "2", "--threads", "1", "--out", str(tmp_path)]) == 2
+    assert "supervised holds a run of something else; choose another folder" in capsys.readouterr().err
