@@ -183,10 +183,13 @@ def test_choose_refuses_a_run_whose_lists_have_changed(finished, tmp_path, capsy
     labeled = (lists / "labeled.txt").read_text()
     (lists / "labeled.txt").write_text(labeled.splitlines()[0] + "\n")
     try:
-        code = main(["choose", "--run", str(out), "--images", str(lists / "val.txt"), "--out", str(tmp_path / "out")])
+        code = main(
+            ["choose", "--run", str(out), "--images", str(lists.parent / "val.txt"), "--out", str(tmp_path / "out")]
+        )
     finally:
         (lists / "labeled.txt").write_text(labeled)
-    assert (code, "the lists of demo have changed since" in capsys.readouterr().err) == (2, True)
+    stderr = capsys.readouterr().err
+    assert (code, "the lists of demo have changed since" in stderr) == (2, True), stderr
 
 
 @pytest.mark.parametrize(
