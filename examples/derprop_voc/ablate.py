@@ -35,7 +35,13 @@ def add_ablate_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("grid")
     group.add_argument("--grid", type=Path, required=True, metavar="YAML", help="lines `name: {option: value, ...}`")
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every variant (%(default)s)")
-    group.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants of the grid to run; empty: all")
+    group.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="variants of the grid to run; empty: all; the table has all that are done",
+    )
     group.add_argument("--against", metavar="NAME", help="add differences from this variant, in pairs of one seed")
     group.add_argument("--jobs", type=int, default=1, help="runs at the same time; give each --threads (%(default)s)")
     group.add_argument("--dry-run", action="store_true", help="print the runs and what is there of them, run nothing")
@@ -54,11 +60,14 @@ def ablate_command(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "seed", None) is not None:
         raise ConfigError(f"seed: ablate takes several, --seeds {arguments.seed}")
     out = Path(base.pop("out", "runs/ablation"))
-    jobs = make_jobs(base, read_grid(arguments.grid), arguments.seeds, out, only=arguments.only)
+    grid = read_grid(arguments.grid)
+    jobs = make_jobs(base, grid, arguments.seeds, out, only=arguments.only)
     variants = list(dict.fromkeys(job.variant for job in jobs))
     if arguments.against not in (None, *variants):
         raise ConfigError(f"against: expected one of {', '.join(variants)}, got {arguments.against!r}")
-    missing = [job for job in jobs if not is_done(job)]
+    every = make_jobs(base, grid, arguments.seeds, out)
+    there = {job.out for job in every if is_done(job)}
+    missing = [job for job in jobs if job.out not in there]
     if arguments.jobs < 1:
         raise ConfigError(f"jobs: expected at least 1, got {arguments.jobs}")
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done", flush=True)
@@ -67,7 +76,7 @@ def ablate_command(arguments: argparse.Namespace) -> None:
             print(f"{'missing' if job in missing else 'done':8} {job.out}")
         return
     failed = run_all(missing, arguments.jobs)
-    done = [job for job in jobs if is_done(job)]
+    done = [job for job in every if is_done(job)]
     if done:
         runs = [(job.variant, read_results(job)) for job in done]
         rows = summarise(runs)

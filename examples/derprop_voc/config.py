@@ -181,7 +181,9 @@ class Config:
         "variant", "keep the network of Eq. 6: only in the variant that has it, always, or never"
     )
     average_every: Literal["epoch", "step"] = option("epoch", "when the momentum network is updated (Eq. 6: epoch)")
-    average_momentum: float = option(0.5, "momentum of the momentum network; after each step 0.996 or so", low=0, high=1)
+    average_momentum: float = option(
+        0.5, "momentum of the momentum network; after each step 0.996 or so", low=0, high=1
+    )
 
     epochs: int = option(80, "EP, passes over the longer of the two lists", low=1)
     steps: int = option(0, "length in optimiser steps instead; 0: from `epochs`", low=0)

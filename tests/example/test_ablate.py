@@ -234,6 +234,11 @@ def test_a_failed_run_stops_no_other_and_the_command_goes_on_where_it_stopped(tm
     assert main([*command, "--only", "good"]) == 0
     assert "1 runs, 1 of them done" in capsys.readouterr().out
     assert (out / "good" / "seed_0" / "results.json").stat().st_mtime_ns == written
+    assert main([*command, "--only", "broken"]) == 2
+    assert "| good | 1 |" in (out / "table.md").read_text()  # what was done before stays in the table
+    capsys.readouterr()
+    assert main([*command, "--seed", "0"]) == 2
+    assert capsys.readouterr().err == "error: seed: ablate takes several, --seeds 0\n"
 
 
 def test_interrupting_stops_the_runs(tmp_path, monkeypatch):
