@@ -207,8 +207,10 @@ def make_device(accelerator: str, threads: int) -> torch.device:
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def checked_window(window: int) -> int:
-    """`window`, at least 2: smaller ones cannot overlap."""
-    if window < 2:
+def checked_window(window: int | None, mode: str) -> int | None:
+    """`window`, at least 2, as smaller ones cannot overlap; an error where the whole image is the window."""
+    if window is not None and mode == "original":
+        raise ConfigError(f"window: {window} applies to sliding_window and center_crop only, not to mode original")
+    if window is not None and window < 2:
         raise ConfigError(f"window: expected at least 2 pixels, got {window}")
     return window

@@ -159,10 +159,12 @@ def check_mask(item: Item, num_classes: int, way_out: str = "") -> int:
 def read_mask(item: Item) -> np.ndarray:
     """(H, W) uint8 ids; a palette's indices are the ids, its colours are not looked at."""
     with _opened(item.mask, "a PNG mask") as mask:
-        if mask.mode not in ("P", "L"):
+        # Gray of 2 or 4 bits would be read as shades up to 255, and no ids.
+        stored = str(mask.tile[0][3]) if mask.format == "PNG" and mask.mode == "L" and mask.tile else mask.mode
+        if stored not in ("P", "L"):
             first = "of colours make ids first, with a comparison for each class, and " if "RGB" in mask.mode else ""
             raise DataError(
-                f"{item.mask}: expected a PNG of ids, with a palette or 8-bit gray, found mode {mask.mode}; {first}"
+                f"{item.mask}: expected a PNG of ids, with a palette or 8-bit gray, found mode {stored}; {first}"
                 "save them by PIL.Image.fromarray(ids.astype('uint8')).save"
             )
         labels = np.array(mask)

@@ -77,8 +77,6 @@ def checked_alpha(alpha: float) -> float:
 def predict_command(arguments: argparse.Namespace) -> None:
     """Predicts a folder and says what was written."""
     alpha = checked_alpha(arguments.alpha)
-    if arguments.window is not None:
-        checked_window(arguments.window)
     device = make_device(arguments.accelerator, arguments.threads)
     (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
     images = list_images(arguments.images, finished.config)
@@ -106,7 +104,7 @@ def make_labels(
     """
     config, name, size = finished.config, finished.name_of(arguments.network), finished.config.image_size
     mode = arguments.mode or (config.evaluation if config.evaluation in MODES else "original")
-    windows: dict[str, Any] = {"mode": mode, "window": arguments.window or config.crop_size}
+    windows: dict[str, Any] = {"mode": mode, "window": checked_window(arguments.window, mode) or config.crop_size}
     read, write = arguments.read_statistics, arguments.write_statistics
     pooled = None
     if arguments.output != "prediction" or tau_of(settings) or read or write:  # P itself needs no pass before

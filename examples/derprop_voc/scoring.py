@@ -109,10 +109,9 @@ def score_checkpoints(
         ConfigError: where the checkpoints disagree on what is not given, and where the data has other class names.
     """
     mode = _settled("mode", mode, [item.config.evaluation for item in finished])
-    if mode == "original":
-        window = None
-    else:
-        window = checked_window(_settled("window", window, [item.config.crop_size for item in finished]))
+    if mode != "original":
+        window = _settled("window", window, [item.config.crop_size for item in finished])
+    window = checked_window(window, mode)
     config = make_config(finished[0].config.to_dict() | dict(overrides or {}))
     data = validation_data(config)
     for item in finished:

@@ -1,7 +1,9 @@
 """The training example's data sets and the checks on them."""
 
 import io
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -444,3 +446,26 @@ def test_one_class_alone_is_refused(folder):
         mask(path, [0, 0, 0, 0, 255, 255, 255, 255])
     with pytest.raises(DataError, match=r"expected two classes or more, found 0 alone; 255 is void"):
         load(folder, partition="half")
+
+
+def test_gray_masks_of_fewer_bits_are_refused(folder):
+    """Some programs that shrink PNGs write them; their values are spread up to 255 when they are read."""
+    ids = np.broadcast_to(np.uint8([0, 1, 2, 0, 1, 0, 0, 3]), SIZE)
+    path = folder / "SegmentationClass" / "a.png"
+    path.write_bytes(gray_png(ids, bits=2))
+    with pytest.raises(DataError, match=r"a.png: expected a PNG of ids, with a palette or 8-bit gray, found mode L;2"):
+        load(folder, partition="half")
+
+
+def gray_png(ids, bits):
+    """A gray PNG, which Pillow writes with 8 bits only."""
+    rows = (np.uint8(ids)[:, :, None] >> np.arange(bits - 1, -1, -1)) & 1
+    packed = np.packbits(rows.reshape(len(ids), -1), axis=1)
+    height, width = ids.shape
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")

@@ -29,7 +29,7 @@ from tests.example.options import TINY
 )
 def test_evaluate_and_predict_agree_through_a_confusion_matrix(finished, scenes, tmp_path, capsys, file, network, mode):
     out = tmp_path / "scores.json"
-    options = ["--mode", mode, "--window", "24"]
+    options = ["--mode", mode] if mode == "original" else ["--mode", mode, "--window", "24"]
     assert main(["evaluate", "--run", str(finished), "--data", str(scenes), "--out", str(out), *options]) == 0
     text, results = capsys.readouterr().out, json.loads(out.read_text())
     assert "P~: the same logits propagated by softmax. " in text
@@ -143,7 +143,8 @@ def test_masks_are_palette_pngs_and_overlays_blend(finished, scenes, tmp_path):
         (["--run", "RUN", "--out", "IMAGES"], "out: expected another folder than the images' own"),
         (["--run", "RUN", "--alpha", "1.5"], "alpha: expected 0 to 1, got 1.5"),
         (["--run", "RUN", "--alpha", "nan"], "alpha: expected 0 to 1, got nan"),
-        (["--run", "RUN", "--window", "1"], "window: expected at least 2 pixels, got 1"),
+        (["--run", "RUN", "--window", "1", "--mode", "center_crop"], "window: expected at least 2 pixels, got 1"),
+        (["--run", "RUN", "--window", "32"], "window: 32 applies to sliding_window and center_crop only"),
         (["--run", "RUN", "--threads", "-1"], "threads: expected at least 0, got -1"),
         (["--run", "IMAGES"], "expected a run folder with latest.pt, found none"),
         (["--checkpoint", "IMAGES/val_0000.png"], "val_0000.png: damaged, or not a file of torch.save"),
