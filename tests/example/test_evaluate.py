@@ -143,7 +143,7 @@ def test_masks_are_palette_pngs_and_overlays_blend(finished, scenes, tmp_path):
         (["--run", "RUN", "--out", "IMAGES"], "out: expected another folder than the images' own"),
         (["--run", "RUN", "--alpha", "1.5"], "alpha: expected 0 to 1, got 1.5"),
         (["--run", "RUN", "--alpha", "nan"], "alpha: expected 0 to 1, got nan"),
-        (["--run", "RUN", "--window", "1", "--mode", "center_crop"], "window: expected at least 2 pixels, got 1"),
+        (["--run", "RUN", "--window", "1", "--mode", "sliding_window"], "window: expected at least 2 pixels, got 1"),
         (["--run", "RUN", "--window", "32"], "window: 32 applies to sliding_window and center_crop only"),
         (["--run", "RUN", "--threads", "-1"], "threads: expected at least 0, got -1"),
         (["--run", "IMAGES"], "expected a run folder with latest.pt, found none"),
