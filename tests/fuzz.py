@@ -144,14 +144,19 @@ def scenes(draw, dtype, D, *, one_grid=False):
 # What is compared
 
 
-def moved(tensors, dtype):
-    """The tensors as float64 with every entry moved by some roundings of its pixel's largest; zeros stay zeros."""
+def moved(tensors, dtype, way):
+    """The tensors as float64 with every entry moved by some roundings of its pixel's largest; zeros stay zeros.
+
+    Where a difference is a rounding itself, one `way` of 1 and -1 turns its sign.
+    """
     step, generator = ROUNDINGS * torch.finfo(F64 if dtype == F64 else F32).eps, torch.Generator().manual_seed(0)
     out = []
     for x in tensors:
         if x is not None and x.is_floating_point():
             x = x.double()
-            x = x + step * x.abs().amax(1, keepdim=True) * (2 * torch.rand(x.shape, generator=generator, dtype=F64) - 1)
+            x = x + way * step * x.abs().amax(1, keepdim=True) * (
+                2 * torch.rand(x.shape, generator=generator, dtype=F64) - 1
+            )
         out.append(x)
     return out
 
@@ -162,9 +167,9 @@ def compare(library, reference, tensors, kind):
     before = [None if x is None else x.clone() for x in tensors]
     wanted = reference(*tensors)
     assume(dtype != F16 or all(np.abs(y).max(initial=0) < LARGEST for y in wanted))
-    outputs, others = library(*tensors), reference(*moved(tensors, dtype))
-    for actual, expected, other, name in zip(outputs, wanted, others, kind, strict=True):
-        slack = ROUNDINGS * np.abs(np.asarray(expected) - other).max(initial=0)
+    outputs, *others = library(*tensors), *(reference(*moved(tensors, dtype, way)) for way in (1, -1))
+    for actual, expected, *beside, name in zip(outputs, wanted, *others, kind, strict=True):
+        slack = ROUNDINGS * max(np.abs(np.asarray(expected) - other).max(initial=0) for other in beside)
         assert_close(actual, expected, name, dtype, slack=slack)
     for x, y in zip(tensors, before, strict=True):
         assert x is None or torch.equal(x, y)
