@@ -340,6 +340,14 @@ def test_what_is_not_finite_shows_where_it_reaches(similarity, normalize, value)
             assert torch.equal(reached, (torch.arange(30) == 13).view(1, *grid).expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 4, 5, dtype=torch.bool)], ids=["no mask", "mask"])
+def test_a_window_of_minus_infinity_is_no_window_without_sources(mask):
+    """Products that overflow show as NaN; a pixel is 0 only where a mask leaves all its sources out."""
+    sources, targets = torch.full((1, 2, 4, 5), 1e30), torch.full((1, 2, 4, 5), -1e30)
+    propagate = DerivativeLabelPropagation(Softmax(over="sources", radius=1, weights=(1.0,), normalize=None))
+    assert propagate(torch.randn(1, 3, 4, 5), sources, targets, mask=mask).isnan().all()
+
+
 @similarities
 def test_smallest_shapes(similarity):
     """No image, one pixel, one class, the fewest channels, a zero vector."""
@@ -509,8 +517,9 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_nothing_is_larger_than_the_image():
+def test_nothing_is_larger_than_the_image(monkeypatch):
     """O(M C), forward and backward: of radius 3 the neighbours of the image take 49 times its size."""
+    monkeypatch.setattr(kernels, "CPU_BAND_BYTES", (512 << 10) // torch.get_num_threads())
     logits, queries, keys, grad = (torch.randn(1, k, 200, 300) for k in (6, 4, 4, 6))
     compared = Compared(queries, keys, torch.randn(1, 1, 200, 300))
     offsets = [step for offset in itertools.product(range(-3, 4), repeat=2) for step in offset]

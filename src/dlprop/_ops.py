@@ -198,7 +198,7 @@ def _softmax_affinity(
         out, lse = kernels.attention(logits, Compared(queries, keys, bias), chunk)
     else:
         out, lse = kernels.softmax_affinity(logits, Compared(queries.contiguous(), keys, bias), chunk)
-    return out.contiguous(), lse
+    return out.mT.contiguous().mT, lse  # pixels along memory, as the tiled kernels make it and affinities return it
 
 
 def _softmax_affinity_backward(
@@ -223,7 +223,7 @@ def _softmax_affinity_fake(
     torch._check(logits.shape[:2] == own.shape[:2], lambda: f"logits {logits.shape} and {own.shape} must agree")
     torch._check(keys.shape[::2] == queries.shape[::2], lambda: f"{keys.shape} and {queries.shape} must agree")
     torch._check(bias is None or bias.shape == keys.shape[:2], lambda: f"bias must be of the keys {keys.shape}")
-    return logits.new_empty(*other.shape[:2], logits.shape[2]), queries.new_empty(queries.shape[:2])
+    return logits.new_empty(other.shape[0], logits.shape[2], other.shape[1]).mT, queries.new_empty(queries.shape[:2])
 
 
 def _window_affinity(*args: Any) -> tuple[Tensor, Tensor]:

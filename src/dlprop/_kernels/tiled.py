@@ -21,6 +21,9 @@ CPU_TILE_BYTES, DEVICE_TILE = 512 << 10, 4096
 # Bytes that the rows of one softmax chunk may take: on CPUs what a third-level cache may hold.
 CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 16 << 20, 256 << 20
 
+# Bytes of a tile with few keys, on CPUs: wide products and few calls are worth more there than a second-level cache.
+CPU_NARROW_BYTES = 8 << 20
+
 
 def pairwise_l1(rows: Tensor, target: Tensor, tile: int | None, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """`sum_ij |R_ij|` of every image with `R_ij = a_i . a_j - G_ij`, and its gradient, in one pass over tiles i <= j.
@@ -232,11 +235,12 @@ def _tiles(queries: Tensor, keys: Tensor, chunk: int | None) -> Tiles:
     N, M, _ = queries.shape
     columns = _blocks(keys.shape[1], None, keys)
     width = max((j.stop - j.start for j in columns), default=1)
+    is_narrow = keys.device.type == "cpu" and 2 * width <= _tile_limit(keys)
     if chunk is None:
-        chunk = max(1, _tile_limit(keys) ** 2 // width)
+        numbers = CPU_NARROW_BYTES // keys.element_size() if is_narrow else _tile_limit(keys) ** 2
+        chunk = max(1, numbers // width)
         chunk = math.ceil(M / math.ceil(M / chunk)) if M else chunk
     memory = queries.new_empty(min(chunk, M) * width)
-    is_narrow = keys.device.type == "cpu" and 2 * width <= _tile_limit(keys)
 
     def tile(rows: int, j: slice) -> Tensor:
         size = j.stop - j.start

@@ -13,7 +13,7 @@ from .compared import Compared, Needed
 from .exponentials import exp_
 
 # Bytes that the similarities of a band, its logits or its features may take: on CPUs what stays in cache.
-CPU_BAND_BYTES, DEVICE_BAND_BYTES = 512 << 10, 256 << 20
+CPU_BAND_BYTES, DEVICE_BAND_BYTES = 2 << 20, 256 << 20
 
 
 class Neighbours(NamedTuple):
@@ -35,13 +35,13 @@ def window_affinity(logits: Tensor, compared: Compared, offsets: Sequence[int]) 
     for n, rows, neighbours in _bands(logits, queries, offsets):
         S = _similarities(compared, n, rows, neighbours)
         top = S.amax(dim=0)
-        if bias is not None:
-            is_alone = _highest(bias[n], rows, neighbours) == -torch.inf
-            top = torch.where(is_alone, 0, top)
+        top = torch.where(top == -torch.inf, 0, top)
         P = exp_(S.sub_(top))
         total = P.sum(dim=0)
-        if bias is not None:
-            total = torch.where(is_alone, 1, total)
+        if total.device.type != "cpu" or (total == 0).any():
+            # Nothing but -inf is an infinity of the features and shows, unless there is no source to hear.
+            heard = torch.zeros_like(total) if bias is None else _highest(bias[n], rows, neighbours)
+            total = torch.where(total == 0, torch.where(heard == -torch.inf, 1, torch.nan), total)
         lse[n, 0, rows] = top + total.log()
         P /= total
         for share, (inside, at, source) in zip(P, neighbours, strict=True):
@@ -70,7 +70,7 @@ def window_affinity_backward(
             continue
         dP = torch.zeros_like(P)
         for product, (inside, at, source) in zip(dP, neighbours, strict=True):
-            torch.sum(grad[n][at] * logits[n][source], dim=0, out=product[inside])
+            _channel_product(grad[n][at], logits[n][source], product[inside])
         grad_S = P.mul_(dP - (grad[n, :, rows] * out[n, :, rows]).sum(dim=0))
         for slope, (inside, at, source) in zip(grad_S, neighbours, strict=True):
             if gradients.queries is not None:
@@ -88,10 +88,17 @@ def _similarities(compared: Compared, n: int, rows: slice, neighbours: list[Neig
     S = queries.new_full((len(neighbours), rows.stop - rows.start, queries.shape[2]), -torch.inf)
     for s, (inside, at, source) in zip(S, neighbours, strict=True):
         part = s[inside]
-        torch.sum(queries[at] * keys[source], dim=0, out=part)
+        _channel_product(queries[at], keys[source], part)
         if compared.bias is not None:
             part += compared.bias[n][source][0]
     return S
+
+
+def _channel_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`sum_c a_c b_c` of (C, H, W), without the product of all channels."""
+    torch.mul(a[0], b[0], out=out)
+    for x, y in zip(a[1:], b[1:], strict=True):
+        out.addcmul_(x, y)
 
 
 def _highest(bias: Tensor, rows: slice, neighbours: list[Neighbours]) -> Tensor:

@@ -195,7 +195,8 @@ def _that_count(V: Tensor, sources: Pixels) -> tuple[Tensor, Tensor, Tensor | No
     index = pad_sequence(kept, batch_first=True)[:, None]
     is_padding = torch.arange(index.shape[2]) >= sizes[:, None, None]
     V, L, counts = (x.gather(2, index.expand(-1, x.shape[1], -1)) for x in (V, L, counts))
-    return V, L, counts.masked_fill(is_padding, 0)
+    counts = counts.masked_fill(is_padding, 0)
+    return V, L, None if (counts == 1).all() else counts
 
 
 def _offsets(radius: int, dilation: int | Sequence[int]) -> list[tuple[int, int]]:
