@@ -14,7 +14,7 @@ from .problem import OURS, PLAIN
 Results = dict[str, Any]
 
 NBSP = "\u00a0"  # a figure and its unit stay on one line
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+README, PAGE, EVERY_CASE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks_cases.md"
 BEGIN, END = "<!-- {}: begin (python -m benchmarks --table) -->", "<!-- {}: end -->"
 
 BOUNDS = {
@@ -31,7 +31,7 @@ NOTES = {"bound": " (a bound)", "related": " (another result)"}
 
 
 def check_marks() -> None:
-    """Raise ValueError unless both pages have the marks of their tables, before a run takes its time."""
+    """Raise ValueError unless all pages have the marks of their tables, before a run takes its time."""
     for page, names in MARKS.items():
         for mark in (form.format(name) for name in names for form in (BEGIN, END)):
             if page.read_text(encoding="utf-8").count(mark) != 1:
@@ -39,7 +39,7 @@ def check_marks() -> None:
 
 
 def pages(results: Results) -> dict[Path, str]:
-    """The README and the page on benchmarks with the tables between their marks."""
+    """The README and the pages on benchmarks with the tables between their marks."""
     check_marks()
     found = {page: page.read_text(encoding="utf-8") for page in MARKS}
     for page, names in MARKS.items():
@@ -77,8 +77,11 @@ def in_words(found: Results) -> str:
     against, value = found["against"], found["median"]
     if 0.95 <= value <= 1.05:
         return f"as fast as {against}"
-    if found["measure"] == "cost" or value < 1:
-        return f"{ratio(value if found['measure'] == 'cost' else 1 / value)} times the time of {against}"
+    cost = value if found["measure"] == "cost" else 1 / value
+    if cost < 1 and found["measure"] == "cost":
+        return f"{cost:.0%} of the time of {against}"
+    if cost > 1:
+        return f"{ratio(cost)} times the time of {against}"
     return f"{ratio(value)} times faster than {against}"
 
 
@@ -165,7 +168,10 @@ def machine(results: Results, *, is_short: bool = False) -> str:
     where = facts["device"] + (f", {facts['threads']} threads" if results["device"] == "cpu" else "")
     sizes = f"One image, 256 feature channels, 21 classes, float32; {where}, torch {facts['torch']}"
     if is_short:
-        return f"{sizes}. Memory is what a call needs beyond its inputs."
+        return (
+            f"{sizes}. Speeds are medians of ratios taken side by side. Memory is what a call needs beyond its inputs; "
+            "an M x M matrix has a number for each pair of the M pixels."
+        )
     return (
         f"{sizes}, commit {results['commit']}, {results['date']}, one run. Figures are medians over rounds in which "
         "the variants take turns, ratios are taken within a round; in brackets the interval that holds the median with "
@@ -205,8 +211,8 @@ MARKS: dict[Path, dict[str, Callable[[Results], str]]] = {
     README: {"benchmarks": lambda results: f"{short(results)}\n\n{machine(results, is_short=True)}"},
     PAGE: {
         "targets": lambda results: f"{targets(results)}\n\n{machine(results)}",
-        "variants": variants,
         "growth": growth,
         "accuracy": accuracy,
     },
+    EVERY_CASE: {"variants": variants},
 }

@@ -171,7 +171,7 @@ def test_attention(similarity, added_bytes):
 
 
 def test_attention_from_clicks_takes_what_the_clicks_take(added_bytes):
-    # 17 sources of 16641: neither their features are copied to all pixels, nor is a matrix of all pairs formed.
+    # 17 sources of 16641: their features are not copied to all pixels, and their similarities are 1 MiB.
     setup = "propagation = DerivativeLabelPropagation(Softmax(over='sources', normalize=None, weights=(1.0,)))"
     assert added_bytes(setup, CLICKS, "logits") < 24 * MIB
 

@@ -142,6 +142,14 @@ def _window_gradients():
         assert_close(actual, wanted, "gradient")
 
 
+def _window_overflow():
+    """Products that are -inf in a whole window are no window without a source."""
+    logits, queries = normal(1, 3, 4, 5), torch.full((1, 2, 4, 5), 1e200, dtype=F64)
+    for bias in (None, torch.zeros(1, 1, 4, 5, dtype=F64)):
+        out, _ = torch.ops.dlprop.window_affinity(logits, queries, -queries, bias, [0, 0, 0, 1])
+        assert out.isnan().all(), "propagation"
+
+
 def _counts():
     """Sources that count a few times, or not at all, and weigh as they count whatever a point weighs."""
     V, W, L = normal(2, 4, 12), normal(2, 4, 12, seed=1), normal(2, 3, 12, seed=2)
@@ -217,6 +225,7 @@ CASES = {
         "attention", target_grid=(3, 4), similarity="gaussian", radius=2, weights=(9.0, 4.0)
     ),
     "window gradients": _window_gradients,
+    "window overflow": _window_overflow,
     "counts": _counts,
     "far from the origin": _far_from_the_origin,
     "matrix": _matrix,
@@ -455,8 +464,10 @@ WINDOW = {
     ),
     "last rows dropped": ("range(0, H, height)", "range(0, H - height + 1, height)", ["window gradients"]),
     "shares that do not sum to 1": ("P /= total", "pass", ["window", "window gradients"]),
-    "no source divided by": ("torch.where(is_alone, 1, total)", "total", ["window gradients"]),
-    "largest entry of nothing": ("torch.where(is_alone, 0, top)", "top", ["window gradients"]),
+    "no source divided by": (" == -torch.inf), 1)", " == -torch.inf), torch.nan)", ["window gradients"]),
+    "overflow taken for no source": ("total.masked_fill(is_empty, torch.nan)", "total + is_empty", ["window overflow"]),
+    "largest entry of nothing": ("torch.where(top == -torch.inf, 0, top)", "top", ["window gradients"]),
+    "a channel forgotten": ("zip(a[1:], b[1:], strict=True)", "zip(a[2:], b[2:], strict=True)", ["window gradients"]),
     "logits of the target": (
         "addcmul_(logits[n][source], share",
         "addcmul_(logits[n][at], share",
@@ -547,8 +558,8 @@ SOFTMAX = {
     "gaussian forgotten with counts": ("log if bias is None else log + bias", "log", ["counts", "attention, gaussian"]),
     "padding counts": ("counts.masked_fill(is_padding, 0)", "counts", ["counts"]),
     "logits of other sources": (
-        "for x in (V, L, counts))\n    return V, L,",
-        "for x in (V, L.flip(2), counts))\n    return V, L,",
+        "for x in (V, L, counts))\n    counts =",
+        "for x in (V, L.flip(2), counts))\n    counts =",
         ["attention", "counts"],
     ),
     "counts of a window forgotten": ("bias = _times(sources.counts, bias)", "pass", ["window", "counts"]),

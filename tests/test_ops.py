@@ -618,6 +618,30 @@ def test_the_compiler_refuses_what_disagrees(name):
 
 
 @every_affinity
+def test_the_compiler_is_told_how_results_lie_in_memory(affinity):
+    op, inputs = AFFINITIES[affinity]
+    mode = FakeTensorMode()
+    fakes = [None if x is None else mode.from_tensor(x) for x in inputs()]
+    with mode:
+        told = [x.stride() for x in op(*fakes)]
+    assert told == [x.stride() for x in op(*inputs())]
+
+
+@every_affinity
+def test_what_is_handed_out_may_be_changed_in_place(affinity):
+    inputs = [x if x is None else x.requires_grad_() for x in AFFINITIES[affinity][1]()]
+    inputs = (*inputs, None)[:4]
+    if affinity.startswith("window"):
+        out = _ops.window_affinity(*inputs, OFFSETS)
+    else:
+        out = _ops.softmax_affinity(*inputs, over_sources=affinity.startswith("over sources"))
+    queries = inputs[1]
+    (wanted,) = torch.autograd.grad(2 * out.sum(), queries, retain_graph=True)
+    (found,) = torch.autograd.grad(out.mul_(2).sum(), queries)
+    assert torch.equal(found, wanted)
+
+
+@every_affinity
 def test_the_compiler_refuses_a_gradient_of_another_shape(affinity):
     backward, (grad, *args) = _backward_call(AFFINITIES[affinity][0], AFFINITIES[affinity][1]())
     mode = FakeTensorMode()

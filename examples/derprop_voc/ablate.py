@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, add_config_arguments, make_config, read_yaml, values_from_arguments
-from .errors import ConfigError
+from .data import digest, training_lists
+from .errors import ConfigError, DataError
 from .files import write_bytes, write_json, write_yaml
+from .sources import find_source
 from .state import changed_options
 from .tables import add_differences, details, draw_quality, markdown, summarise
 
@@ -134,10 +136,23 @@ def is_done(job: Job) -> bool:
     path = job.out / "results.json"
     if not path.is_file():
         return False
-    found = read_results(job)["config"]
+    results = read_results(job)
+    found = results["config"]
     for name, theirs, ours in [*changed_options(found, job.config), *_changed_files(found, job.config)]:
         raise ConfigError(f"{path}: {name} is {theirs!r} there, {ours!r} here; choose another --out")
+    if _lists(job.config) not in (None, results["lists"]):
+        raise ConfigError(
+            f"{path}: the lists of {job.config.partition} have changed since; bring them back, or choose another --out"
+        )
     return True
+
+
+def _lists(config: Config) -> str | None:
+    """What results call the training lists; None where the data is not at hand, so that a table can still be made."""
+    try:
+        return digest(training_lists(config, find_source(config)).values())
+    except DataError:
+        return None
 
 
 def _changed_files(theirs: Mapping[str, Any], config: Config) -> list[tuple[str, Any, Any]]:

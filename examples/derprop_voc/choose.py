@@ -31,7 +31,7 @@ from .choice import (
     with_propagation,
 )
 from .config import make_config
-from .data import Data, SegmentationDataset, check_mask, digest, find_places, read_list, read_mask
+from .data import SegmentationDataset, check_mask, check_unseen, digest, read_list, read_mask, training_lists
 from .errors import ConfigError, DataError
 from .evaluate import confusion, gain, labels_at, mean_iou, outputs
 from .files import versions, write_bytes, write_json, write_yaml
@@ -121,28 +121,14 @@ def held_out(finished: Finished, images: Path, overrides: Mapping[str, Any]) -> 
     items = read_list(images, source.root, source.item)
     # The run's own partition whatever --partition says, where it lies in the data set as it is now.
     of_run = replace(config, partition=finished.config.partition)
-    places = [find_places(at, source) for at in (config, of_run) if at is config or source.has_partition(at.partition)]
-    trained = [place.labeled for place in places]
-    trained += [] if config.variant == "supervised" else [place.unlabeled for place in places]
-    for place in dict.fromkeys(trained):
-        known = {item.image.resolve() for item in read_list(place, source.root, source.item)}
-        seen = [item.name for item in items if item.image.resolve() in known]
-        if seen:
-            raise DataError(
-                f"{images}: expected images that the network was not trained on, found {len(seen)} of {place}, "
-                f"{seen[0]} the first; hold labelled images out of the training (command split, --val)"
-            )
-    if of_run.data == finished.config.data and source.has_partition(of_run.partition):
-        own = find_places(of_run, source)
-        labeled = read_list(own.labeled, source.root, source.item)
-        unlabeled = (
-            [] if finished.config.variant == "supervised" else read_list(own.unlabeled, source.root, source.item)
+    own = training_lists(of_run, source) if source.has_partition(of_run.partition) else {}
+    way_out = "hold labelled images out of the training (command split, --val)"
+    check_unseen(items, training_lists(config, source) | own, str(images), way_out)
+    if own and of_run.data == finished.config.data and digest(own.values()) != finished.lists:
+        raise DataError(
+            f"{next(iter(own))}: the lists of {of_run.partition} have changed since {finished.path} was trained, so "
+            "nobody can say which images it has seen; bring them back, or train again"
         )
-        if digest(Data(labeled, unlabeled, [], ())) != finished.lists:
-            raise DataError(
-                f"{own.labeled}: the lists of {of_run.partition} have changed since {finished.path} was trained, so "
-                "nobody can say which images it has seen; bring them back, or train again"
-            )
     for item in items:
         check_mask(item, len(finished.class_names), source.missing_mask)
     return items

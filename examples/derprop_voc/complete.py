@@ -6,6 +6,7 @@ click cannot spoil what it knows, and many are heard. Without one a discriminant
 """
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,8 +149,8 @@ def add_complete_arguments(parser: argparse.ArgumentParser) -> None:
 def complete_command(arguments: argparse.Namespace) -> None:
     """Completes a folder and says what was written."""
     alpha = checked_alpha(arguments.alpha)
-    if not (arguments.sharpness > 0 and arguments.position >= 0 and arguments.steps >= 1):
-        raise ConfigError("sharpness, position, steps: expected above 0, at least 0 and at least 1")
+    if not (0 < arguments.sharpness < math.inf and 0 <= arguments.position < math.inf and arguments.steps >= 1):
+        raise ConfigError("sharpness, position, steps: expected numbers above 0, at least 0 and at least 1")
     if arguments.only_labelled and arguments.run is None:
         raise ConfigError("only_labelled: without a run there are no other classes than those labelled; leave it out")
     images = list_images(arguments.images)

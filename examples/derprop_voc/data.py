@@ -7,7 +7,7 @@ thousands of images. Damage in the middle of an image shows when it is read, as 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +40,9 @@ class Data:
     class_names: tuple[str, ...]
 
 
-def digest(data: Data) -> str:
+def digest(lists: Iterable[Sequence[Item]]) -> str:
     """SHA-256 of the ids of both training lists, in order: what the order of batches stands on."""
-    names = [[item.name for item in items] for items in (data.labeled, data.unlabeled)]
+    names = [[item.name for item in items] for items in lists]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
@@ -71,10 +71,10 @@ def load_data(config: Config) -> Data:
             f"{places.val}: expected a list of validation images, found none, nor a val.txt in {places.labeled.parent}"
             "; hold labelled images out (command split, --val)"
         )
-    labeled, val = (read_list(place, source.root, source.item) for place in (places.labeled, places.val))
-    unlabeled = [] if config.variant == "supervised" else read_list(places.unlabeled, source.root, source.item)
+    lists, val = training_lists(config, source), read_list(places.val, source.root, source.item)
+    labeled, unlabeled = lists.values()
     validated = {item.image for item in val}
-    for place, items in ((places.labeled, labeled), (places.unlabeled, unlabeled)):
+    for place, items in lists.items():
         leaked = next((item.name for item in items if item.image in validated), None)
         if leaked is not None:
             raise DataError(f"{place}: expected no image of the validation list {places.val}, found {leaked} in both")
@@ -105,6 +105,25 @@ def find_places(config: Config, source: Source) -> Places:
     folder = source.partition(config.partition)
     own = [path for path in (folder / "val.txt", folder.parent / "val.txt") if path.is_file()]
     return Places(folder / "labeled.txt", folder / "unlabeled.txt", [*own, source.val][0])
+
+
+def training_lists(config: Config, source: Source) -> dict[Path, list[Item]]:
+    """What a run trains on, with and without labels; of a supervised one the second list is empty."""
+    places = find_places(config, source)
+    unlabeled = [] if config.variant == "supervised" else read_list(places.unlabeled, source.root, source.item)
+    return {places.labeled: read_list(places.labeled, source.root, source.item), places.unlabeled: unlabeled}
+
+
+def check_unseen(items: Sequence[Item], lists: Mapping[Path, Sequence[Item]], where: str, way_out: str) -> None:
+    """Raises `DataError` for an image to be scored that is in one of the lists of `training_lists`."""
+    for place, trained in lists.items():
+        known = {item.image.resolve() for item in trained}
+        seen = [item.name for item in items if item.image.resolve() in known]
+        if seen:
+            raise DataError(
+                f"{where}: expected images that the network was not trained on, found {len(seen)} of {place}, "
+                f"{seen[0]} the first; {way_out}"
+            )
 
 
 def read_list(place: Path, root: Path, item: Callable[[Path, Sequence[str]], Item] = folder_item) -> list[Item]:

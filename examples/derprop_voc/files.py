@@ -27,8 +27,12 @@ def versions() -> dict[str, str]:
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Writes through a temporary file in the same folder, so that a reader or a crash never sees half a file.
 
-    Its name is always the same, so what a killed process left of it is written over by the next one.
+    Its name is always the same, so what a killed process left of it is written over by the next one. A device or a pipe
+    is written to, not replaced.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        path.write_bytes(content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:

@@ -3,7 +3,7 @@
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -21,11 +21,12 @@ from .choice import (
     with_propagation,
 )
 from .config import CLASSIFIERS, Config, hints, make_config
-from .data import Data, SegmentationDataset, load_data
+from .data import Data, SegmentationDataset, check_unseen, load_data, training_lists
 from .errors import ConfigError
 from .evaluate import evaluate
 from .files import versions, write_json
 from .pooled import Images, key_of, pool_for, pooled_propagation, tau_of, write_statistics
+from .sources import find_source
 
 DATA_OPTIONS = ("dataset", "data", "partition")
 OF_LISTS = (*DATA_OPTIONS, "download", "sbd", "num_classes", "class_names")
@@ -114,8 +115,13 @@ def score_checkpoints(
     window = checked_window(window, mode)
     config = make_config(finished[0].config.to_dict() | dict(overrides or {}))
     data = validation_data(config)
+    source = find_source(config)
     for item in finished:
         check_class_names(item, data.class_names)
+        own = replace(config, partition=item.config.partition, variant=item.config.variant)
+        if source.has_partition(own.partition):
+            where = f"{item.path}, validation images of {config.partition}"
+            check_unseen(data.val, training_lists(own, source), where, "score it on the partition it was trained with")
     start = time.perf_counter()
     checkpoints, kept = [], {}
     windows: dict[str, Any] = {"mode": mode, "window": window or 0}

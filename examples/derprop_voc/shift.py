@@ -6,6 +6,7 @@ image alone, of groups of consecutive images, and of all. No option is chosen he
 """
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -214,8 +215,8 @@ def add_shift_arguments(parser: argparse.ArgumentParser) -> None:
 def shift_command(arguments: argparse.Namespace) -> None:
     """Measures, and writes JSON and a table; goes on after the last run of an interrupted call."""
     for name, low in (("images", 0), ("tau", 0), ("shrinkage", 0)):
-        if not getattr(arguments, name) >= low:
-            raise ConfigError(f"{name}: expected at least {low}, got {getattr(arguments, name)}")
+        if not low <= getattr(arguments, name) < math.inf:
+            raise ConfigError(f"{name}: expected a number of at least {low}, got {getattr(arguments, name)}")
     values = read_yaml(arguments.map) if arguments.map else {}
     asked = {name: getattr(arguments, name) for name in ("data", "image_size", "images", "tau", "shrinkage")}
     runs, path, result = begin(arguments, "shift", map=values, **asked)

@@ -6,6 +6,7 @@ gets wrong in the given frames is carried instead, and added to what it says. `c
 """
 
 import argparse
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,13 +78,13 @@ class Carrying:
 
     def __post_init__(self) -> None:
         for name in ("position", "radius", "last", "threshold", "doubt"):
-            if not getattr(self, name) >= 0:  # NaN is not
-                raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         for name in ("every", "steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.sharpness > 0:
-            raise ConfigError(f"sharpness: expected above 0, got {self.sharpness}")
+        if not 0 < self.sharpness < math.inf:
+            raise ConfigError(f"sharpness: expected a number above 0, got {self.sharpness}")
 
     @property
     def affinity(self) -> Softmax:

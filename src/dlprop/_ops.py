@@ -226,12 +226,14 @@ def _softmax_affinity_fake(
     return logits.new_empty(other.shape[0], logits.shape[2], other.shape[1]).mT, queries.new_empty(queries.shape[:2])
 
 
-def _window_affinity(*args: Any) -> tuple[Tensor, Tensor]:
-    return _window.window_affinity(*args)
+def _window_affinity(logits: Tensor, compared: Compared, *args: Any) -> tuple[Tensor, Tensor]:
+    return _window.window_affinity(logits.contiguous(), compared.contiguous(), *args)
 
 
-def _window_affinity_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    return _window.window_affinity_backward(*args)
+def _window_affinity_backward(
+    grad: Tensor, logits: Tensor, compared: Compared, *args: Any
+) -> tuple[Tensor | None, ...]:
+    return _window.window_affinity_backward(grad.contiguous(), logits.contiguous(), compared.contiguous(), *args)
 
 
 def _window_affinity_fake(
@@ -326,7 +328,7 @@ def softmax_affinity(
     _refuse_tangents(logits, queries, keys)
     op = _SoftmaxAffinity.apply if transforms_active() else torch.ops.dlprop.softmax_affinity
     out: Tensor = op(logits, queries, keys, bias, over_sources, chunk, backend)[0]
-    return out
+    return _handed_out(out)
 
 
 def window_affinity(
@@ -336,4 +338,9 @@ def window_affinity(
     _refuse_tangents(logits, queries, keys)
     op = _WindowAffinity.apply if transforms_active() else torch.ops.dlprop.window_affinity
     out: Tensor = op(logits, queries, keys, bias, [step for offset in offsets for step in offset])[0]
-    return out
+    return _handed_out(out)
+
+
+def _handed_out(out: Tensor) -> Tensor:
+    """The result as the caller's own, to be changed in place: backward needs the op's."""
+    return out.clone() if out.requires_grad else out

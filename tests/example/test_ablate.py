@@ -1,6 +1,7 @@
 """`ablate`: the plan of a grid, what is kept of earlier runs, failures, and the table."""
 
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -12,6 +13,7 @@ from examples.derprop_voc import tables
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.ablate import is_done, make_jobs, read_grid, read_results, run_all
 from examples.derprop_voc.config import make_config
+from examples.derprop_voc.data import digest, load_data
 from examples.derprop_voc.demo import CONFIGS
 from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.scenes import write_scenes
@@ -30,12 +32,13 @@ def summarise(jobs):
     return tables.summarise([(job.variant, read_results(job)) for job in jobs])
 
 
-def finish(job, trained, averaged=None):
+def finish(job, trained, averaged=None, lists=None):
     """Writes what a finished run of `job` leaves."""
     job.out.mkdir(parents=True)
     results = {
         "seed": job.config.seed,
         "config": job.config.to_dict(),
+        "lists": lists,
         "evaluation": {"mode": "original"},
         "last": {"trained": scores(trained), "averaged": scores(averaged) if averaged is not None else None},
         "seconds": {"train": 1.0},
@@ -98,6 +101,21 @@ def test_finished_runs_are_kept_if_they_are_of_the_same_options(tmp_path):
         other = make_jobs({"data": "here/camvid", name: ours}, GRID, [0], tmp_path)[0]
         with pytest.raises(ConfigError, match=f"results.json: {name} is {theirs!r} there, {ours!r} here; choose anoth"):
             is_done(other)
+
+
+def test_finished_runs_are_kept_if_their_lists_are_the_same(tmp_path, scenes):
+    lists = tmp_path / "lists"
+    shutil.copytree(scenes / "ImageSets" / "Segmentation" / "demo", lists)
+    job = make_jobs({"data": str(scenes), "partition": str(lists)}, GRID, [0], tmp_path)[0]
+    data = load_data(job.config)
+    finish(job, 0.5, lists=digest((data.labeled, data.unlabeled)))
+    assert is_done(job)
+    names = (lists / "labeled.txt").read_text().split()
+    (lists / "labeled.txt").write_text("\n".join(names[:-1]))
+    with pytest.raises(ConfigError, match=r"results.json: the lists of .*lists have changed since"):
+        is_done(job)
+    (lists / "labeled.txt").unlink()
+    assert is_done(job)  # nothing to compare with
 
 
 def test_table_has_means_and_standard_deviations(tmp_path):

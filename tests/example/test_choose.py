@@ -203,6 +203,7 @@ def test_unlabelled_images_count_as_trained_on_where_they_were_read(finished, va
     data, out = finished
     (item,) = load_finished([out / "latest.pt"], torch.device("cpu"))
     config = replace(item.config, variant=variant)
-    item = replace(item, config=config, lists=digest(load_data(config)))
+    data_of_run = load_data(config)
+    item = replace(item, config=config, lists=digest((data_of_run.labeled, data_of_run.unlabeled)))
     with pytest.raises(DataError, match=message):
         command.held_out(item, data / "ImageSets" / "Segmentation" / "demo" / "unlabeled.txt", {})

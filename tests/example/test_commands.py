@@ -1,11 +1,13 @@
 """The command line as a whole: what it lists, and that listing it takes no time."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from examples.derprop_voc.__main__ import COMMANDS, main
+from examples.derprop_voc.files import write_bytes
 
 
 def test_help_lists_every_command_and_imports_no_torch():
@@ -43,3 +45,12 @@ def test_what_is_no_command_or_option_is_refused(arguments, message, capsys):
     assert exited.value.code == 2
     assert message in said
     assert said.count("\n") <= 3
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_bytes(pipe, b"whole")
+    assert (os.read(reader, 100), pipe.is_fifo()) == (b"whole", True)
+    os.close(reader)

@@ -224,7 +224,7 @@ def test_what_a_folder_may_lack(folders, trained, capsys):
 
     refused(message="weights: expected a file or timm for a frozen backbone")
     refused("--only-labelled", message="only_labelled: without a run there are no other classes")
-    refused("--run", str(trained), "--sharpness", "nan", message="sharpness, position, steps: expected above 0")
+    refused("--run", str(trained), "--sharpness", "inf", message="sharpness, position, steps: expected numbers above 0")
     refused("--run", str(trained), "--steps", "0", message="steps: expected")
     Image.fromarray(np.full((40, 48), VOID, np.uint8)).save(first)
     refused("--run", str(trained), message=f"{first}: expected at least one labelled pixel")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -216,6 +217,20 @@ def test_evaluate_needs_one_mode_one_window_and_the_same_classes(finished, scene
     capsys.readouterr()
     assert main(["evaluate", "--run", str(finished), "--data", str(renamed)]) == 2
     assert "latest.pt was made with ['background', " in capsys.readouterr().err
+
+
+def test_evaluate_refuses_images_that_the_network_was_trained_on(scenes, tmp_path, capsys):
+    lists = tmp_path / "other"
+    shutil.copytree(scenes / "ImageSets" / "Segmentation" / "demo", lists)
+    trained, val = (lists / "labeled.txt").read_text(), (scenes / "ImageSets" / "Segmentation" / "val.txt").read_text()
+    (lists / "labeled.txt").write_text(val)
+    (lists / "val.txt").write_text(trained)
+    write_state(tmp_path / "latest.pt", make_config(TINY | {"data": str(scenes)}), scenes, step=2, seed=0)
+    assert main(["evaluate", "--run", str(tmp_path), "--partition", str(lists)]) == 2
+    stderr = capsys.readouterr().err
+    assert "validation images of" in stderr
+    assert "expected images that the network was not trained on, found" in stderr
+    assert "score it on the partition it was trained with" in stderr
 
 
 def test_a_sweep_scores_other_propagations_of_the_same_network(finished, scenes, tmp_path, capsys):

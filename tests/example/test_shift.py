@@ -155,7 +155,7 @@ def test_shift_agrees_with_evaluate_and_goes_on(trained, tmp_path, capsys, monke
     assert main([*call, "--tau", "0.7"]) == 2
     assert "holds results of other runs or options" in capsys.readouterr().err
     assert main([*call, "--shrinkage", "-1"]) == 2
-    assert "shrinkage: expected at least 0, got -1" in capsys.readouterr().err
+    assert "shrinkage: expected a number of at least 0, got -1" in capsys.readouterr().err
 
 
 def test_the_table_has_paired_differences_over_networks():

@@ -138,8 +138,8 @@ def test_a_given_frame_needs_more_than_clicks():
 
 def test_options_are_checked():
     for options, text in (
-        ({"last": -1}, "last: expected at least 0, got -1"),
-        ({"sharpness": 0.0}, "sharpness: expected above 0, got 0.0"),
+        ({"last": -1}, "last: expected a number of at least 0, got -1"),
+        ({"sharpness": 0.0}, "sharpness: expected a number above 0, got 0.0"),
         ({"every": 0}, "every: expected at least 1, got 0"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
     ):
@@ -317,8 +317,8 @@ def test_without_truth_there_are_no_scores(clip, tmp_path, capsys):
     [
         (["--given", "7"], ConfigError, "given: expected names of frames, such as 0, got 7"),
         (["--alpha", "2"], ConfigError, "alpha: expected 0 to 1"),
-        (["--sharpness", "nan"], ConfigError, "sharpness: expected above 0, got nan"),
-        (["--doubt", "nan"], ConfigError, "doubt: expected at least 0, got nan"),
+        (["--sharpness", "inf"], ConfigError, "sharpness: expected a number above 0, got inf"),
+        (["--doubt", "nan"], ConfigError, "doubt: expected a number of at least 0, got nan"),
         (["--weights", "none"], ConfigError, "weights: expected a file or timm for a frozen backbone"),
         (["--class-names", "sky", "road"], DataError, "expected labels 0 to 1 or 255, found"),
         (["--enlarge", "0"], ConfigError, "enlarge: expected above 0, got 0.0"),

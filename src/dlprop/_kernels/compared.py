@@ -32,6 +32,10 @@ class Compared(NamedTuple):
     keys: Tensor
     bias: Tensor | None = None
 
+    def contiguous(self) -> "Compared":
+        """The same, each plane in one piece of memory."""
+        return Compared(self.queries.contiguous(), self.keys.contiguous(), self.bias)
+
     def zeros(self, needed: Needed) -> Gradients:
         """The gradients that are asked for, to be added to."""
         layout = torch.contiguous_format

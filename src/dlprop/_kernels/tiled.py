@@ -1,4 +1,4 @@
-"""The pairwise ops tile by tile: the matrices of all pairs exist one cache-sized tile at a time, on any device.
+"""The pairwise ops tile by tile: the matrices of all pairs exist one small tile at a time, on any device.
 
 Pixels are rows, (N, M, D) and contiguous, so that a block of them is one piece of memory.
 """
@@ -183,7 +183,9 @@ def attention_backward(
             exp_(P.sub_(lse[n, i, None]))
             grad_logits[n, j].addmm_(P.T, grad[n, i])
             if any(needed):
-                grad_S = P.mul_((grad[n, i] @ logits[n, j].T).sub_(row_sums[n, i]))
+                is_narrow = P.stride(0) == 1  # and so is its gradient laid out
+                grad_P = (logits[n, j] @ grad[n, i].T).T if is_narrow else grad[n, i] @ logits[n, j].T
+                grad_S = P.mul_(grad_P.sub_(row_sums[n, i]))
                 _add_gradients(gradients, compared, n, i, j, grad_S)
     return grad_logits, *gradients
 
@@ -237,7 +239,9 @@ def _tiles(queries: Tensor, keys: Tensor, chunk: int | None) -> Tiles:
     width = max((j.stop - j.start for j in columns), default=1)
     is_narrow = keys.device.type == "cpu" and 2 * width <= _tile_limit(keys)
     if chunk is None:
-        numbers = CPU_NARROW_BYTES // keys.element_size() if is_narrow else _tile_limit(keys) ** 2
+        numbers = _tile_limit(keys) ** 2
+        if is_narrow:
+            numbers = max(numbers, CPU_NARROW_BYTES // keys.element_size())
         chunk = max(1, numbers // width)
         chunk = math.ceil(M / math.ceil(M / chunk)) if M else chunk
     memory = queries.new_empty(min(chunk, M) * width)

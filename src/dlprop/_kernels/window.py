@@ -12,8 +12,11 @@ from torch import Tensor
 from .compared import Compared, Needed
 from .exponentials import exp_
 
-# Bytes that the similarities of a band, its logits or its features may take: on CPUs what stays in cache.
-CPU_BAND_BYTES, DEVICE_BAND_BYTES = 2 << 20, 256 << 20
+# Bytes that the similarities of a band, its logits or its features may take: on CPUs a second-level cache a thread.
+CPU_BAND_BYTES, MOST_CPU_BAND_BYTES, DEVICE_BAND_BYTES = 2 << 20, 32 << 20, 256 << 20
+
+# So many channels are multiplied one by one on CPUs, which saves a copy of all; of more a plane of a band is too small.
+FEW_CHANNELS = 32
 
 
 class Neighbours(NamedTuple):
@@ -40,8 +43,10 @@ def window_affinity(logits: Tensor, compared: Compared, offsets: Sequence[int]) 
         total = P.sum(dim=0)
         if total.device.type != "cpu" or (total == 0).any():
             # Nothing but -inf is an infinity of the features and shows, unless there is no source to hear.
-            heard = torch.zeros_like(total) if bias is None else _highest(bias[n], rows, neighbours)
-            total = torch.where(total == 0, torch.where(heard == -torch.inf, 1, torch.nan), total)
+            is_empty = total == 0
+            total = total.masked_fill(is_empty, torch.nan)
+            if bias is not None:
+                total = total.masked_fill(is_empty & (_highest(bias[n], rows, neighbours) == -torch.inf), 1)
         lse[n, 0, rows] = top + total.log()
         P /= total
         for share, (inside, at, source) in zip(P, neighbours, strict=True):
@@ -95,7 +100,10 @@ def _similarities(compared: Compared, n: int, rows: slice, neighbours: list[Neig
 
 
 def _channel_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`sum_c a_c b_c` of (C, H, W), without the product of all channels."""
+    """`sum_c a_c b_c` of (C, H, W)."""
+    if out.device.type != "cpu" or not 0 < len(a) <= FEW_CHANNELS:
+        torch.sum(a * b, dim=0, out=out)
+        return
     torch.mul(a[0], b[0], out=out)
     for x, y in zip(a[1:], b[1:], strict=True):
         out.addcmul_(x, y)
@@ -113,7 +121,8 @@ def _bands(logits: Tensor, queries: Tensor, offsets: Sequence[int]) -> Iterator[
     """Image n, a band of its rows, and the neighbours of the band at every offset."""
     N, C, H, W = logits.shape
     channels = max(C, queries.shape[1], len(offsets) // 2)
-    budget = CPU_BAND_BYTES * torch.get_num_threads() if logits.device.type == "cpu" else DEVICE_BAND_BYTES
+    of_cpu = min(CPU_BAND_BYTES * torch.get_num_threads(), MOST_CPU_BAND_BYTES)
+    budget = of_cpu if logits.device.type == "cpu" else DEVICE_BAND_BYTES
     height = max(1, budget // (channels * W * logits.element_size()))
     everything = slice(None)
     for n in range(N):

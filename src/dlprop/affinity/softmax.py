@@ -183,7 +183,8 @@ def _times(counts: Tensor | None, bias: Tensor | None) -> Tensor | None:
 def _that_count(V: Tensor, sources: Pixels) -> tuple[Tensor, Tensor, Tensor | None]:
     """Features, logits and counts without the sources that a mask leaves out, where looking at it costs nothing.
 
-    An image with fewer sources than another of its batch is filled up with some that count 0.
+    An image with fewer sources than another of its batch is filled up with some that count 0. Counts that are all 1 say
+    nothing and go.
     """
     L, counts = sources.logits, sources.counts
     if counts is None or not _checks.values_are_known(counts):
