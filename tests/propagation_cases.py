@@ -2,6 +2,7 @@
 
 import contextlib
 
+import pytest
 import torch
 
 from dlprop.affinity import Linear, Pixels, Softmax
@@ -24,6 +25,11 @@ KINDS = [
     for form, own in FORMS.items()
     for similarity in (*SIMILARITIES, *(("gaussian",) if own["affinity"] == "softmax" else ()))
 ]
+
+forms = pytest.mark.parametrize("form", FORMS)
+similarities = pytest.mark.parametrize("similarity", SIMILARITIES)
+kinds = pytest.mark.parametrize(("form", "similarity"), KINDS)
+resolutions = pytest.mark.parametrize("resolution", ["feats", "logits"])
 
 
 def make(form, **options):

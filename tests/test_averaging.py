@@ -258,6 +258,31 @@ def test_an_error_inside_update_bn_leaves_the_layers_in_eval_mode():
     with pytest.raises(RuntimeError):
         update_bn([*_loader(1), torch.randn(2, 5, 6, 6)], averager)
     assert not any(m.training for m in averager.modules())
+    before = _statistics(averager.module)
+    averager(_loader(1)[0])  # a prediction again, which moves no statistics
+    assert all(torch.equal(x, before[name]) for name, x in _statistics(averager.module).items())
+
+
+def test_an_update_bn_whose_loader_fails_is_over_with_the_next_update():
+    model, averager = _averager_with_statistics()
+
+    def failing():
+        yield from _loader(1)
+        raise OSError
+
+    with pytest.raises(OSError):  # noqa: PT011, there is no message
+        update_bn(failing(), averager)
+    averager.update(model)
+    assert not any(m.momentum is None for m in averager.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_update_bn_refills_layers_that_were_exchanged():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    averager = MomentumAverager(model, buffers="none")
+    averager.update(model)
+    averager.module[1] = nn.BatchNorm2d(4)
+    update_bn(_loader(), averager)
+    assert averager.module[1].running_mean.any()
 
 
 class ReadsOfTheDevice(TorchDispatchMode):

@@ -95,6 +95,12 @@ def test_gradients_through_what_others_lean_on():
         assert gradcheck(leaning, (logits.requires_grad_(), feats.requires_grad_()))
 
 
+def test_an_empty_store_alone_is_refused():
+    logits, feats, _ = inputs()
+    with pytest.raises(ValueError, match="statistics hold no pixel yet"):
+        propagate("discriminant", logits, feats, statistics=ClassStatistics(3, 4), across="stored")
+
+
 def test_an_empty_store_adds_nothing():
     logits, feats, _ = inputs()
     out = propagate("discriminant", logits, feats, statistics=ClassStatistics(3, 4))

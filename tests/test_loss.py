@@ -351,6 +351,7 @@ def test_non_finite_features_of_ignored_pixels_stay_out_of_the_pairs(form, norm,
     value, gradient = evaluate(poisoned, poisoned_target, eta=0.0, **options)
     assert_close(value, expected.value, "loss")
     assert_close(gradient[~ignored], expected.gradient[~ignored.numpy()], "gradient")
+    assert not gradient[ignored].any()
     # The sparsity runs over all pixels, and there they show.
     assert not loss_of(poisoned, target, eta=0.5, **options).isfinite()
 

@@ -64,6 +64,19 @@ def test_the_residual_is_rounded_relative_to_itself(pieces, apart):
 
 
 @PIECES
+def test_ignored_pixels_have_no_residual(pieces):
+    a, g = _views(60, 64, 1.0)
+    ignored = torch.arange(60) % 3 == 0
+    left, right = residuals.bfloat16_factors(*2 * [tuple(x.masked_fill(ignored[:, None], 0) for x in (a, g))], pieces)
+    R = left.double() @ right.double().mT
+    assert not R[:, ignored].any()
+    assert not R[:, :, ignored].any()
+    wanted = a.double() @ a.double().mT - g.double() @ g.double().mT
+    kept = ~ignored[:, None] & ~ignored
+    assert _error(R[:, kept], wanted[:, kept]) < 2.0 ** (1 - BITS[pieces])
+
+
+@PIECES
 @pytest.mark.usefixtures("in_pieces")
 @pytest.mark.parametrize("tile", [None, 1, 2, 5, 100])
 def test_value_and_gradient(pieces, tile):

@@ -60,6 +60,15 @@ def test_class_sums_where_no_value_is_known():
     assert counts.shape == (3, 40)
 
 
+def test_class_sums_do_not_round_with_every_pixel():
+    """Equal rows, whose sum in float32 would lose a part of each one as it grows."""
+    M, row = 300_000, torch.tensor([0.1, 0.7, 0.2])
+    sums, counts = class_sums(row.expand(1, M, 3), torch.zeros(1, M, dtype=torch.long))
+    assert counts.item() == M
+    assert counts.dtype == torch.float64  # float32 would stop at 2^24
+    assert (sums[0, 0] / M - row.double()).abs().max() < 1e-12
+
+
 def test_class_sums_of_nothing():
     rows, numbers = _rows_and_classes()
     sums, counts = class_sums(rows[2:], numbers[2:])

@@ -575,6 +575,16 @@ def test_on_a_gpu():
     assert_statistics(own.cpu().statistics, expected_update(logits, feats), dtype=F32)
 
 
+def test_statistics_made_in_inference_mode_are_updated_outside():
+    logits, feats = torch.randn(1, 3, 4, 5), torch.randn(1, 2, 4, 5)
+    with torch.inference_mode():
+        made = ClassStatistics(3, 2)
+    other = ClassStatistics(3, 2)
+    for each in (made, other):
+        each.update(logits, feats)
+    assert all(map(torch.equal, made.statistics, other.statistics))
+
+
 def test_updates_with_and_without_inference_mode():
     own = ClassStatistics(3, 4)
     with torch.inference_mode():

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def ablate_command(arguments: argparse.Namespace) -> None:
         ConfigError: for an unknown variant or option, and for runs that failed (after all others were done).
     """
     base = values_from_arguments(arguments)
-    if getattr(arguments, "seed", None) is not None:
-        raise ConfigError(f"seed: ablate takes several, --seeds {arguments.seed}")
+    if "seed" in base:
+        raise ConfigError(f"seed: ablate takes several, --seeds {base['seed']}")
     out = Path(base.pop("out", "runs/ablation"))
     grid = read_grid(arguments.grid)
     jobs = make_jobs(base, grid, arguments.seeds, out, only=arguments.only)
@@ -150,7 +151,7 @@ def is_done(job: Job) -> bool:
 def _lists(config: Config) -> str | None:
     """What results call the training lists; None where the data is not at hand, so that a table can still be made."""
     try:
-        return digest(training_lists(config, find_source(config)).values())
+        return digest(training_lists(config, find_source(replace(config, download=False))).values())
     except DataError:
         return None
 
@@ -169,9 +170,10 @@ def command(job: Job) -> list[str]:
 def run_all(jobs: Sequence[Job], count: int) -> list[str]:
     """Runs jobs in processes of their own, `count` at a time; gives a line for each that failed.
 
-    An interruption ends the processes that run; their checkpoints stay.
+    An interruption, SIGTERM among them, ends the processes that run; their checkpoints stay.
     """
     running: list[subprocess.Popen[bytes]] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
     def start(job: Job) -> int:
         job.out.mkdir(parents=True, exist_ok=True)
@@ -195,6 +197,8 @@ def run_all(jobs: Sequence[Job], count: int) -> list[str]:
             for process in running:
                 process.terminate()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
     return failed
 
 

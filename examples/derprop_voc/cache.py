@@ -29,7 +29,7 @@ from .frozen import FrozenNetwork
 from .progress import make_bar
 from .sources import Item
 
-FORMAT = "derprop_voc features 1"
+FORMAT = "derprop_voc features 2"
 INDEX_EVERY = 16  # images between two indices
 Rows = dict[str, tuple[int, int, int]]  # an image's path -> size and time (ns) of its file, row
 

@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,8 +13,11 @@ from torch import nn
 from dlprop import MomentumAverager
 
 from .config import ONLY_FOR, Config, add_config_arguments, hints, make_config, values_from_arguments
-from .errors import CheckpointError, ConfigError
+from .data import check_unseen, find_places, training_lists
+from .data import digest as digest_of
+from .errors import CheckpointError, ConfigError, DataError
 from .frozen import make_network
+from .sources import Item, find_source
 from .state import check_state, read_checkpoint
 
 NETWORKS = ("tested", "trained", "averaged")
@@ -41,11 +44,7 @@ class Finished:
     config: Config
     class_names: tuple[str, ...]
     lists: str  # of what it was trained on, see `data.digest`
-
-    @property
-    def digest(self) -> str:
-        """Of the file, by which statistics know their network."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+    digest: str  # of the file as it was read, by which statistics know their network
 
     def name_of(self, name: str) -> str:
         """One of `NETWORKS` as "trained" or "averaged".
@@ -111,6 +110,8 @@ def propagation_options(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: for a file with other options.
     """
+    if arguments.read_statistics and arguments.write_statistics:
+        raise ConfigError("write_statistics: with read_statistics no pass is made over these images; leave one out")
     read = values_from_arguments(argparse.Namespace(config=arguments.config))
     check_propagation("config", read)
     return read | {name: getattr(arguments, name) for name in PROPAGATION if hasattr(arguments, name)}
@@ -171,6 +172,7 @@ def load_finished(paths: Sequence[Path], device: torch.device) -> list[Finished]
 
 
 def _finished(name: str, path: Path, device: torch.device) -> Finished:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
     checkpoint = read_checkpoint(path)
     config, class_names = make_config(checkpoint["config"]), tuple(checkpoint["class_names"])
     network = make_network(config, len(class_names), initialise=False)
@@ -188,8 +190,39 @@ def _finished(name: str, path: Path, device: torch.device) -> Finished:
     for part in networks.values():
         part.to(device).to(memory_format=layout).eval()
     return Finished(
-        name, path, checkpoint["step"], checkpoint["epoch"], networks, config, class_names, checkpoint["lists"]
+        name, path, checkpoint["step"], checkpoint["epoch"], networks, config, class_names, checkpoint["lists"], digest
     )
+
+
+def check_not_trained_on(
+    finished: Finished, items: Sequence[Item], config: Config, where: str, way_out: str, *, by_lists: bool = True
+) -> None:
+    """Looks for images to be scored in the lists that a run was trained with.
+
+    Args:
+        finished: the run.
+        items: the images.
+        config: says where the data lies now.
+        where: these images come from, for the error.
+        way_out: what to do, for the error.
+        by_lists: lists that are not what they were when the run was trained are an error, not a note.
+
+    Raises:
+        DataError: for an image that is among them.
+    """
+    source = find_source(replace(config, download=False))
+    own = replace(config, partition=finished.config.partition, variant=finished.config.variant)
+    if not source.has_partition(own.partition):
+        return
+    places = find_places(own, source)
+    lists = training_lists(own if places.unlabeled.is_file() else replace(own, variant="supervised"), source)
+    check_unseen(items, lists, where, way_out)
+    is_same_data = Path(own.data).resolve() == Path(finished.config.data).resolve()
+    if is_same_data and digest_of(lists.values()) != finished.lists:
+        changed = f"{places.labeled}: the lists of {own.partition} have changed since {finished.path} was trained"
+        if by_lists:
+            raise DataError(f"{changed}, so nobody can say which images it has seen; bring them back, or train again")
+        print(f"note: {changed}; it may have seen some of these images")
 
 
 def make_device(accelerator: str, threads: int) -> torch.device:

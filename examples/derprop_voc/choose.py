@@ -6,6 +6,7 @@ errors over the control to be chosen. Of many settings the best looks better tha
 """
 
 import argparse
+import io
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,14 +26,15 @@ from .choice import (
     add_machine_arguments,
     add_network_argument,
     add_source_arguments,
+    check_not_trained_on,
     checkpoint_files,
     load_finished,
     make_device,
     with_propagation,
 )
 from .config import make_config
-from .data import SegmentationDataset, check_mask, check_unseen, digest, read_list, read_mask, training_lists
-from .errors import ConfigError, DataError
+from .data import SegmentationDataset, check_mask, check_unseen, read_list, read_mask, training_lists
+from .errors import ConfigError
 from .evaluate import confusion, gain, labels_at, mean_iou, outputs
 from .files import versions, write_bytes, write_json, write_yaml
 from .model import Output
@@ -119,16 +121,9 @@ def held_out(finished: Finished, images: Path, overrides: Mapping[str, Any]) -> 
     if source.class_names:
         check_class_names(finished, source.class_names)
     items = read_list(images, source.root, source.item)
-    # The run's own partition whatever --partition says, where it lies in the data set as it is now.
-    of_run = replace(config, partition=finished.config.partition)
-    own = training_lists(of_run, source) if source.has_partition(of_run.partition) else {}
     way_out = "hold labelled images out of the training (command split, --val)"
-    check_unseen(items, training_lists(config, source) | own, str(images), way_out)
-    if own and of_run.data == finished.config.data and digest(own.values()) != finished.lists:
-        raise DataError(
-            f"{next(iter(own))}: the lists of {of_run.partition} have changed since {finished.path} was trained, so "
-            "nobody can say which images it has seen; bring them back, or train again"
-        )
+    check_unseen(items, training_lists(config, source), str(images), way_out)
+    check_not_trained_on(finished, items, config, str(images), way_out)
     for item in items:
         check_mask(item, len(finished.class_names), source.missing_mask)
     return items
@@ -142,7 +137,9 @@ class Kept:
 
     def add(self, output: Output) -> None:
         """Keeps one more."""
-        torch.save(tuple(output), self.folder / f"{self.count}.pt")
+        buffer = io.BytesIO()  # a full disk is an OSError then
+        torch.save(tuple(output), buffer)
+        (self.folder / f"{self.count}.pt").write_bytes(buffer.getbuffer())
         self.count += 1
 
     def __iter__(self) -> Iterator[Output]:

@@ -22,7 +22,7 @@ from dlprop import DerivativeLabelPropagation
 from dlprop.affinity import Discriminant
 
 from .choice import Finished
-from .clicks import BOTH, LARGER, trained_layer
+from .click_methods import BOTH, LARGER, trained_layer
 from .complete import CERTAIN
 from .data import VOID, Item, check_mask, find_places, load_data, read_list, read_mask
 from .errors import ConfigError

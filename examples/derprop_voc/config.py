@@ -333,7 +333,7 @@ def hints() -> dict[str, Any]:
 def _checked(name: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`, or an error that names the option, what was expected and what came."""
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
+        if value not in get_args(kind) or type(value) not in map(type, get_args(kind)):  # 8.0 is in (8, 16)
             raise ConfigError(f"{name}: expected one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
         return value
     if get_origin(kind) is tuple:

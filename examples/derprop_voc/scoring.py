@@ -3,7 +3,7 @@
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -13,6 +13,7 @@ from .choice import (
     add_machine_arguments,
     add_propagation_arguments,
     add_source_arguments,
+    check_not_trained_on,
     checked_window,
     checkpoint_files,
     load_finished,
@@ -21,12 +22,11 @@ from .choice import (
     with_propagation,
 )
 from .config import CLASSIFIERS, Config, hints, make_config
-from .data import Data, SegmentationDataset, check_unseen, load_data, training_lists
+from .data import Data, SegmentationDataset, load_data
 from .errors import ConfigError
 from .evaluate import evaluate
 from .files import versions, write_json
 from .pooled import Images, key_of, pool_for, pooled_propagation, tau_of, write_statistics
-from .sources import find_source
 
 DATA_OPTIONS = ("dataset", "data", "partition")
 OF_LISTS = (*DATA_OPTIONS, "download", "sbd", "num_classes", "class_names")
@@ -115,13 +115,8 @@ def score_checkpoints(
     window = checked_window(window, mode)
     config = make_config(finished[0].config.to_dict() | dict(overrides or {}))
     data = validation_data(config)
-    source = find_source(config)
     for item in finished:
-        check_class_names(item, data.class_names)
-        own = replace(config, partition=item.config.partition, variant=item.config.variant)
-        if source.has_partition(own.partition):
-            where = f"{item.path}, validation images of {config.partition}"
-            check_unseen(data.val, training_lists(own, source), where, "score it on the partition it was trained with")
+        check_scored(item, data, config)
     start = time.perf_counter()
     checkpoints, kept = [], {}
     windows: dict[str, Any] = {"mode": mode, "window": window or 0}
@@ -170,6 +165,13 @@ def check_class_names(finished: Finished, names: Sequence[str]) -> None:
         raise ConfigError(
             f"class_names: {finished.path} was made with {list(finished.class_names)}, found {list(names)}"
         )
+
+
+def check_scored(finished: Finished, data: Data, config: Config) -> None:
+    """Raises `ConfigError` for other class names, `DataError` for a validation image that the run was trained on."""
+    check_class_names(finished, data.class_names)
+    where, way_out = f"validation images of {config.partition}", "score it on the partition it was trained with"
+    check_not_trained_on(finished, data.val, config, f"{finished.path}, {where}", way_out, by_lists=False)
 
 
 def validation_data(config: Config) -> Data:

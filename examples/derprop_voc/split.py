@@ -60,6 +60,8 @@ def split_command(arguments: argparse.Namespace) -> None:
         images = source.root / "JPEGImages"
         if arguments.dataset == "folder" and not arguments.list and not pool.exists() and images.is_dir():
             pool, lines = images, _listed(images, source)
+            of_val = _read(source.val, source) if source.val.is_file() else {}  # what the data set scores on
+            lines = {image: line for image, line in lines.items() if image not in of_val}
         elif pool.exists():
             lines = _read(pool, source)
         else:

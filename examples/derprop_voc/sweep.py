@@ -22,7 +22,7 @@ from .data import SegmentationDataset
 from .evaluate import evaluate
 from .files import versions, write_json
 from .pooled import Images, Pooled, pool_for, pooled_propagation, tau_of
-from .scoring import add_data_arguments, check_class_names, data_overrides, validation_data
+from .scoring import add_data_arguments, check_scored, data_overrides, validation_data
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def sweep_command(arguments: argparse.Namespace) -> None:
     base = make_config(finished.config.to_dict() | data_overrides(arguments))
     settings = make_settings(base, read_grid(arguments.grid))
     data = validation_data(base)
-    check_class_names(finished, data.class_names)
+    check_scored(finished, data, base)
     val = SegmentationDataset(data.val, labeled=True, size=base.image_size, stored_mask=True)
     network = finished.name_of(arguments.network)
     images = Images.of_items(data.val, base.image_size)

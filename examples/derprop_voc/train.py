@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .data import VOID, Data, SeededBatches, SegmentationDataset, collate, diges
 from .distributed import gathered, global_mean, highest, rank, share, total, world_size
 from .errors import ConfigError, DivergedError
 from .evaluate import evaluate
-from .files import versions, write_checkpoint, write_json, write_yaml
+from .files import held, versions, write_checkpoint, write_json, write_yaml
 from .frozen import FrozenNetwork
 from .log import Log, draw_curves
 from .losses import Objective
@@ -67,10 +68,11 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False, progre
         raise ConfigError(f"out: {out} holds a run already; go on with it (--resume) or choose another folder")
     data = load_data(config)
     fabric = make_fabric(config)
-    if overwrite:
-        for name in ("latest.pt", "best.pt"):
-            (out / name).unlink(missing_ok=True)
-    with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
+    devices = [fabric.device] if fabric.device.type == "cuda" else []
+    with held(out) if fabric.is_global_zero else nullcontext(), torch.random.fork_rng(devices=devices):
+        if overwrite or not (out / "latest.pt").exists():  # what chose best.pt is gone with it
+            for name in ("latest.pt", "best.pt"):
+                (out / name).unlink(missing_ok=True)
         return _run(fabric, config, data, resume=resume, progress=progress and fabric.is_global_zero)
 
 
@@ -265,6 +267,7 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.fabric.backward(loss)
                 self.optimizer.step()
+                lr = state.schedule.get_last_lr()[0]
                 with warnings.catch_warnings():
                     # The gradient scaler of 16-mixed skips steps that overflow; the schedule counts them all the same.
                     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
@@ -275,7 +278,7 @@ class Trainer:
                     state.averager.update(state.network)
                 if state.step % LOG_EVERY == 0 or epoch_ends:
                     numbers = {name: total(term).item() / world_size() for name, term in (terms | facts).items()}
-                    numbers |= {"loss": total(loss).item() / world_size(), "lr": state.schedule.get_last_lr()[0]}
+                    numbers |= {"loss": total(loss).item() / world_size(), "lr": lr}
                     self.log.add(state.step, self._epoch(), "train", numbers)
                     bar.set_postfix(
                         {"loss": f"{numbers['loss']:.3f}"} | {k: f"{numbers[k]:.2f}" for k in facts}, refresh=False

@@ -85,6 +85,8 @@ class Carrying:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 < self.sharpness < math.inf:
             raise ConfigError(f"sharpness: expected a number above 0, got {self.sharpness}")
+        if self.radius and self.doubt != type(self).doubt:
+            raise ConfigError("doubt: in a window every frame is averaged by itself; leave out doubt or radius")
 
     @property
     def affinity(self) -> Softmax:
@@ -288,21 +290,29 @@ def video_command(arguments: argparse.Namespace) -> None:
     given = {numbers[name]: torch.from_numpy(read_mask(items[numbers[name]])).to(device) for name in chosen}
     colours = np.full((VOID + 1, 3), 255, np.uint8)  # void is white; a shorter palette would make PNG cut its id
     colours[: len(names)] = np.round(255 * class_colours(names))
-    ids = dict(given)
+    predicted: dict[int, Tensor] = {}
+    draw_legend(arguments.out / "legend.png", names)
     start = time.perf_counter()
+
+    def write(number: int, labels: Tensor) -> None:
+        item = items[number]
+        write_pictures(arguments.out, item.name, read_image(item.image), labels, colours, alpha)
+
+    for number, labels in given.items():
+        write(number, labels)
     with make_bar(len(items) - len(given), "video", progress=True) as bar:
         for number, labels in carry(
             lambda number: describe(items[number].image), len(items), given, len(names), carrying
         ):
-            ids[number] = labels
+            write(number, labels)
+            if number in with_truth:
+                predicted[number] = labels.to("cpu", torch.uint8)
             bar.update()
     seconds = (time.perf_counter() - start) / max(1, len(items) - len(given))
-    for number, item in enumerate(items):
-        write_pictures(arguments.out, item.name, read_image(item.image), ids[number], colours, alpha)
-    draw_legend(arguments.out / "legend.png", names)
     print(f"{len(items)} frames, {seconds:.2f} s each: masks, overlays and legend.png are in {arguments.out}")
-    predicted = {number: ids[number] for number in with_truth if number not in given}
-    if predicted:
+    if not predicted:
+        (arguments.out / "scores.json").unlink(missing_ok=True)  # of an earlier call
+    else:
         scores = score_clip(predicted, items, names)
         write_json(arguments.out / "scores.json", scores)
         start_at = min(given)
@@ -347,7 +357,7 @@ def score_clip(predicted: Mapping[int, Tensor], items: Sequence[Item], names: Se
         truth = torch.from_numpy(read_mask(items[number])).long()[None]
         one = make_metric(len(names))
         for metric in (whole, one):
-            metric.update(labels[None].cpu(), truth)
+            metric.update(labels[None].long().cpu(), truth)
         if (truth != VOID).any():
             frames[str(number)] = one.compute()["miou"].item()
     return summarise(whole, names) | {"frames": frames}

@@ -20,9 +20,10 @@ class MomentumAverager(AveragedModel):
 
     The first update copies. Call `update` after each epoch (the paper's Eq. 6, with momentum 0.5) or after each step
     (then for instance momentum 0.996). The copy, `.module`, needs no gradient and stays in eval mode, whatever
-    `train()` is called on; calling the averager calls it. It is a `torch.optim.swa_utils.AveragedModel`, and whatever
-    takes one takes it: `torch.optim.swa_utils.update_bn(loader, averager)` refills the statistics of its BatchNorm
-    layers, which are in train mode then and only then (those of layers made with `momentum=None` it resets instead).
+    `train()` of the averager, or of what holds it, is told; calling the averager calls it. It is a
+    `torch.optim.swa_utils.AveragedModel`, and whatever takes one takes it:
+    `torch.optim.swa_utils.update_bn(loader, averager)` refills the statistics of its BatchNorm layers, which are in
+    train mode then and only then (those of layers made with `momentum=None` it resets instead).
 
     The average has the dtype of `model` at construction. In half precision small steps round away, so build it from
     the float32 model and cast the model afterwards; updates convert.
@@ -69,24 +70,36 @@ class MomentumAverager(AveragedModel):
         self.momentum = momentum
         self.buffer_mode = buffers
         self.module.requires_grad_(False)
+        self._momenta: dict[_BatchNorm, float] = {}
         self.train(False)
-        self._batch_norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.momentum is not None]
         # `n_averaged` as a number of the host, which would wait for the device to read it; None to read it once.
         self._updates: int | None = 0
         cast("Any", self).register_load_state_dict_post_hook(_read_updates_again)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: the average is for prediction only."""
+        # `update_bn` calls this before it takes the momenta away, and after it gave them back.
+        self._give_momenta_back()
+        layers = (m for m in self.module.modules() if isinstance(m, _BatchNorm))
+        self._momenta = {m: m.momentum for m in layers if m.momentum is not None}
         return super().train(False)
+
+    def _give_momenta_back(self) -> None:
+        """To the BatchNorm layers of an `update_bn` that was interrupted."""
+        for m, momentum in self._momenta.items():
+            m.momentum = momentum if m.momentum is None else m.momentum
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the averaged model returns."""
         # `update_bn` alone takes the momentum of BatchNorm layers away, and gives it back when it is done.
-        refilled = [m for m in self._batch_norms if m.momentum is None]
+        refilled = [m for m in self._momenta if m.momentum is None]
         for m in refilled:
             m.train()
         try:
             return self.module(*args, **kwargs)
+        except BaseException:
+            self._give_momenta_back()
+            raise
         finally:
             for m in refilled:
                 m.eval()
@@ -100,6 +113,7 @@ class MomentumAverager(AveragedModel):
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._give_momenta_back()
         pairs = self._pairs(unwrap(model))
         updates = int(self.n_averaged) if self._updates is None else self._updates
         momentum = self.momentum

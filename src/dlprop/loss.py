@@ -145,19 +145,21 @@ class DerivativeLoss(nn.Module):
         Returns:
             A scalar, or `(N,)` with reduction "none", in the dtype of `feats` but at least float32. With no valid pair
             the pair terms are 0 with zero gradient; an empty batch gives 0. Differentiating the pairs of "l1" twice
-            raises, in eager mode; `torch.compile` itself does not support second derivatives and may return 0 for them.
+            raises, in eager mode (but for labels at order 0 in closed form, see Cost); `torch.compile` itself does not
+            support second derivatives and may return 0 for them.
         """
         self._check_tensors(feats, target, mask)
         with exact(feats):
             # Pixels as rows for the kernels of "l1"; products over pixels want them along memory, as they come.
-            channels = 1 if self.norm == "frobenius" else 2
-            V = self._normalized(feats, channels)
-            if target.is_floating_point():
-                G, valid = self._normalized(target.detach(), channels).to(V.dtype), mask
-            else:
-                G, valid = self._classes(feats, target, mask)
+            channels, valid = 1 if self.norm == "frobenius" else 2, mask
+            if not target.is_floating_point():
+                target, valid = self._classes(feats, target, mask)
             if valid is not None:
                 valid = None if _checks.values_are_known(valid) and bool(valid.all()) else valid.flatten(1)
+                if self.eta == 0:  # so that the gradient of an ignored pixel that is not finite is 0 as well
+                    feats = _only(valid, flatten(feats), 1)
+            V = self._normalized(feats, channels)
+            G = self._normalized(target.detach(), channels).to(V.dtype) if target.is_floating_point() else target
             N, M = V.shape[0], V.shape[3 - channels]
             count = V.new_full((N,), M) if valid is None else valid.sum(dim=1).to(V.dtype)
             if self.norm == "l1":

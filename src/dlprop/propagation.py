@@ -49,21 +49,23 @@ def derivative_label_propagation(
     least; `Discriminant` helps dense scenes whose small classes collapse, and harms images that are mostly background.
 
     Args:
-        logits: class logits `L`, floating, `(N, C, H, W)` or `(N, C, M)`, the sources. Probabilities work as well.
+        logits: class logits `L`, floating, `(N, C, H, W)` or `(N, C, M)`, the sources. `Linear` and `Softmax`
+            take probabilities or one-hot labels as well; `Ridge`, `Discriminant` and `rectify` take their softmax, so
+            give them logits, or the logarithm of probabilities.
         feats: features `V` of the sources, `(N, D, h, w)` or `(N, D, M)`.
         target_feats: features `V'` of the targets, `(N, D, h', w')` or `(N, D, M')`; another image, frame or grid is
             allowed. None means `feats`.
         mask: bool on the logits' grid, `(N, H, W)` or `(N, M)`. False sources give nothing and count nowhere, True
             ones count alike on every grid; the features of either must be finite. A mask without a single True is an
-            error for CPU tensors in eager mode; elsewhere it gives zeros, or a classifier's equal probabilities
-            (an image of a batch that it leaves none, likewise).
+            error for CPU tensors in eager mode; elsewhere it gives zeros, or equal probabilities of a classifier that
+            knows no other pixels (an image of a batch that it leaves none, likewise).
         affinity: an object of `dlprop.affinity`, or "linear", "softmax", "ridge" or "discriminant" for one with its
             defaults, or "attention" for `Softmax(over="sources", normalize=None, similarity="cosine", weights=(10.0,
             10.0))`.
         resolution: for logits on another grid than `feats`. "feats" propagates on the grid of the features and resizes
             the result back; without a mask the logits are resized there, with one every source is shared out among the
             points beside it (the adjoint of the upsampling), and a point holds their mean. "logits" propagates with
-            upsampled features, which costs hardly more, but for the softmax and the cosine.
+            features that are upsampled after normalising, which costs hardly more, but for the softmax and the cosine.
         align_corners: of every bilinear resize.
 
     Returns:

@@ -78,10 +78,9 @@ def derivative_similarity(
         return normalize_features(y, "l2") if similarity == "cosine" else y
 
     columns = differences(feats if target_feats is None else target_feats)
+    rows = columns if target_feats is None else differences(feats)
     if query is not None:
-        rows = differences(_query_pixels(flatten(feats), query))
-    else:
-        rows = columns if target_feats is None else differences(feats)
+        rows = _query_pixels(rows, query)
     # Squares of length cancel in a distance.
     dtype = statistics_dtype(feats) if similarity == "gaussian" else working_dtype(rows, columns)
     rows, columns = rows.mT.to(dtype), columns.mT.to(dtype)

@@ -5,9 +5,13 @@ from torch import Tensor
 
 from . import _checks
 from ._kernels.products import gram, grams_of_difference
+from ._precision import statistics_dtype
 from .difference import Scheme, difference
 
 __all__: list[str] = []
+
+# Pixels of an image that exist in float64 at a time.
+PIXELS = 1 << 14
 
 
 def squared_pairs(V: Tensor, G: Tensor, max_order: int, scheme: Scheme) -> Tensor:
@@ -23,7 +27,7 @@ def squared_pairs(V: Tensor, G: Tensor, max_order: int, scheme: Scheme) -> Tenso
         scheme: of the differences.
     """
     squares = _feature_squares if G.is_floating_point() else _label_squares
-    return clamped(torch.stack(squares(V, G, max_order, scheme))).sum(dim=0)
+    return clamped(torch.stack(squares(V, G, max_order, scheme))).sum(dim=0).to(V.dtype)
 
 
 def _feature_squares(V: Tensor, G: Tensor, max_order: int, scheme: Scheme) -> list[Tensor]:
@@ -60,12 +64,17 @@ def clamped(squares: Tensor) -> Tensor:
 def class_sums(rows: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the rows and the number of pixels of every class, (N, K, D) and (N, K), for rows (N, M, D).
 
+    Both in float64 where the device has it: adding up pixel after pixel, as `index_add` does, rounds with each of them.
     ``classes`` (N, M) are class numbers from 0 on; those of -1, whose rows must be 0, count nowhere. K is the number of
     classes where the host can see it, and M elsewhere.
     """
     N, M, D = rows.shape
-    K = max(1, int(classes.amax()) + 1) if _checks.values_are_known(classes) and classes.numel() else M
-    of_pixel = (classes.clamp_min(0) + K * torch.arange(N, device=rows.device)[:, None]).flatten()
-    sums = rows.new_zeros(N * K, D).index_add(0, of_pixel, rows.reshape(N * M, D))
-    counts = rows.new_zeros(N * K).index_add(0, of_pixel, (classes >= 0).to(rows.dtype).flatten())
+    is_known = _checks.values_are_known(classes) and classes.numel() > 0
+    K, dtype = max(1, int(classes.amax()) + 1) if is_known else M, statistics_dtype(rows)
+    of_pixel = classes.clamp_min(0) + K * torch.arange(N, device=rows.device)[:, None]
+    sums, counts = (rows.new_zeros(N * K, *size, dtype=dtype) for size in ((D,), ()))
+    blocks = zip(*(x.split(PIXELS, dim=1) for x in (rows, of_pixel)), strict=True) if is_known else [(rows, of_pixel)]
+    for part, index in blocks:
+        sums = sums.index_add(0, index.flatten(), part.flatten(0, 1).to(dtype))
+    counts = counts.index_add(0, of_pixel.flatten(), (classes >= 0).to(dtype).flatten())
     return sums.view(N, K, D), counts.view(N, K)

@@ -191,6 +191,9 @@ class ClassStatistics(nn.Module):
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add the pixels of every process of a `torch.distributed` group; all then hold the same statistics.
 
+        Once: what they then hold together a second call would count as often as there are processes. The buffers must
+        be on a device that the group's backend can send from, so with NCCL `to("cuda")` first.
+
         Args:
             group: of processes, all of which must call this; None is the default one, which must have been initialised.
 
@@ -230,11 +233,16 @@ class ClassStatistics(nn.Module):
         self._set(self.statistics.merged(Statistics(*(x[0].to(self.sums) for x in added))))
 
     def _set(self, statistics: Statistics) -> None:
-        for buffer, value in zip(self.statistics, statistics, strict=True):
-            buffer.copy_(value)
+        for name, buffer, value in zip(Statistics._fields, self.statistics, statistics, strict=True):
+            if buffer.is_inference():  # made in inference mode, outside which nothing can be written into it
+                setattr(self, name, value.clone())
+            else:
+                buffer.copy_(value)
 
     def _check_sizes(self, feats: Tensor, logits: Tensor | None = None) -> None:
         C, D = self.sums.shape
         if feats.shape[1] != D or (logits is not None and logits.shape[1] != C):
-            came = f"{feats.shape[1]} channels" + ("" if logits is None else f" and {logits.shape[1]} classes")
+            if logits is None:
+                raise ValueError(f"feats must have D = {D} channels here, got {feats.shape[1]}")
+            came = f"{feats.shape[1]} channels and {logits.shape[1]} classes"
             raise ValueError(f"feats and logits must have D = {D} channels and C = {C} classes here, got {came}")

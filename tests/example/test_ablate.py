@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -259,7 +260,8 @@ def test_a_failed_run_stops_no_other_and_the_command_goes_on_where_it_stopped(tm
     assert capsys.readouterr().err == "error: seed: ablate takes several, --seeds 0\n"
 
 
-def test_interrupting_stops_the_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=["ctrl-c", "kill"])
+def test_interrupting_stops_the_runs(tmp_path, monkeypatch, error):
     jobs = make_jobs({}, GRID, [0, 1], tmp_path)
     monkeypatch.setattr(ablate_module, "command", lambda _: [sys.executable, "-c", "import time; time.sleep(600)"])
 
@@ -267,12 +269,16 @@ def test_interrupting_stops_the_runs(tmp_path, monkeypatch):
         while not (jobs[0].out / "output.txt").exists() or not (jobs[1].out / "output.txt").exists():
             time.sleep(0.01)
         time.sleep(0.3)
+        if error is SystemExit:
+            signal.raise_signal(signal.SIGTERM)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ablate_module, "as_completed", interrupted)
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(error):
         run_all(jobs, 2)
+    assert signal.getsignal(signal.SIGTERM) == before
     assert time.monotonic() - start < 60
     assert not jobs[3].out.exists()  # what waited was never started
 

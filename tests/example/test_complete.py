@@ -224,6 +224,7 @@ def test_what_a_folder_may_lack(folders, trained, capsys):
 
     refused(message="weights: expected a file or timm for a frozen backbone")
     refused("--only-labelled", message="only_labelled: without a run there are no other classes")
+    refused("--run", str(trained), "--backbone", "timm/resnet10t", message="backbone: a run has its own")
     refused("--run", str(trained), "--sharpness", "inf", message="sharpness, position, steps: expected numbers above 0")
     refused("--run", str(trained), "--steps", "0", message="steps: expected")
     Image.fromarray(np.full((40, 48), VOID, np.uint8)).save(first)
@@ -272,6 +273,19 @@ def test_the_measurement(scenes, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(clicks, "score", never)
     assert main(call) == DONE
     assert json.loads((tmp_path / "clicks.json").read_text()) == result
+
+
+def test_the_error_of_a_mean_is_of_networks_and_draws():
+    rng = np.random.default_rng(0)
+    networks, draws = rng.normal(size=(4, 1)), rng.normal(size=(1, 3))
+    error = {name: x.std(ddof=1) / x.size**0.5 for name, x in (("networks", networks), ("draws", draws))}
+    assert clicks.error_of_crossed(networks + 0 * draws) == pytest.approx(error["networks"])
+    assert clicks.error_of_crossed(0 * networks + draws) == pytest.approx(error["draws"])
+    assert clicks.error_of_crossed(networks + draws) == pytest.approx(np.hypot(*error.values()))
+    assert clicks.error_of_crossed(draws) == pytest.approx(error["draws"])
+    # Of noise alone about that of as many independent values.
+    noise = [clicks.error_of_crossed(rng.normal(size=(20, 20))) for _ in range(50)]
+    assert np.mean(noise) == pytest.approx(1 / 20, rel=0.1)
 
 
 def test_settings_are_chosen_on_images_that_were_not_labelled(scenes, trained):

@@ -19,6 +19,7 @@ from tests.example.options import TINY, flags
         ({"epochs": 0}, r"epochs: expected at least 1, got 0"),
         ({"steps": 1.5}, r"steps: expected int, got 1\.5"),
         ({"steps": True}, r"steps: expected int, got True"),
+        ({"output_stride": 8.0}, r"output_stride: expected one of 8, 16, got 8\.0"),
         ({"lr": "fast"}, r"lr: expected a number, got 'fast'"),
         ({"lr": float("nan")}, r"lr: expected finite numbers, got nan"),
         ({"rectify": "yes"}, r"rectify: expected bool, got 'yes'"),

@@ -44,8 +44,7 @@ TOLERANCE = 1e-5
 # Runs compared with one process. Labelled batches of two out of {labelled, void} images have a process without labels.
 RUNS = {
     "full": {},
-    "supervised": {"variant": "supervised"},
-    "one_label": {"partition": "one_label", "labeled_batch": 2},
+    "one_label": {"partition": "one_label", "labeled_batch": 2, "variant": "supervised", "lr": 0.2},
     "data": {"affinity": "discriminant", "across": "data", "adjust": "alignment", "weight_propagated": 0},
 }
 RESUMED = {"dropout": 0.5, "weak_mode": "train", "num_anchors": 8}
@@ -243,7 +242,7 @@ def test_batches_are_global_and_the_share_of_a_process_is_printed(two):
     _, output = two
     lines = [line for line in output.splitlines() if line.startswith("supervised: ")]
     assert lines == [
-        "supervised: step 0 of 3, 2 an epoch; global batch 4 labeled (2 a process), 0 unlabeled (0 a process); "
+        "supervised: step 0 of 3, 1 an epoch; global batch 2 labeled (1 a process), 0 unlabeled (0 a process); "
         "2 process(es) on cpu"
     ]
     assert "full: step 0 of 3, 2 an epoch; global batch 4 labeled (2 a process), 4 unlabeled (2 a process); " in output

@@ -130,6 +130,9 @@ def test_statistics_of_a_folder_are_kept_read_and_used_alike(finished, scenes, t
     assert "propagated by discriminant across data. " in text
     made = json.loads(out.read_text())["checkpoints"]
     assert made[0]["propagation"] | {"affinity": "discriminant", "across": "data", "tau": 0.5} == made[0]["propagation"]
+    both = ["--read-statistics", str(kept), "--write-statistics", str(kept.with_name("copy.pt"))]
+    assert main(["evaluate", *where, *options, *both]) == 2
+    assert "write_statistics: with read_statistics no pass is made" in capsys.readouterr().err
     assert main(["evaluate", *where, *options, "--read-statistics", str(kept)]) == 0
     assert json.loads(out.read_text())["checkpoints"] == made
     scores = made[0]["networks"]["averaged"]

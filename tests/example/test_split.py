@@ -176,11 +176,11 @@ def test_a_folder_of_another_layout(tmp_path, capsys):
 
 def test_a_folder_without_a_list_is_drawn_from_as_a_whole(folder, capsys):
     (folder / "ImageSets" / "Segmentation" / "train.txt").unlink()
-    there = sorted(path.stem for path in (folder / "JPEGImages").iterdir())
-    split(capsys, "--data", folder, "--labeled", 2, "--val", 1, "--out", "new")
-    lists = read_split(folder / "ImageSets" / "Segmentation" / "new")
-    assert sorted(name for names in lists for name in names) == there
-    assert {*"abcdef"} < {*there}
+    for name, there in (("new", "abcdef"), ("all", "abcdefyz")):  # but for the images that the data set scores on
+        split(capsys, "--data", folder, "--labeled", 2, "--val", 1, "--out", name)
+        lists = read_split(folder / "ImageSets" / "Segmentation" / name)
+        assert "".join(sorted(name for names in lists for name in names)) == there
+        (folder / "ImageSets" / "Segmentation" / "val.txt").unlink(missing_ok=True)
     (folder / "JPEGImages" / "a.jpg").rename(folder / "JPEGImages" / "a.JPG")
     code, _, stderr = command(capsys, "split", "--data", folder, "--labeled", 2, "--out", "other")
     assert (code, "a.JPG: expected .jpg, .png, .jpeg in lower case" in stderr) == (2, True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.derprop_voc import demo
+from examples.derprop_voc import demo, train
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.choice import load_finished
 from examples.derprop_voc.config import make_config
@@ -16,7 +16,7 @@ from examples.derprop_voc.data import SeededBatches, load_data, read_list
 from examples.derprop_voc.demo import RUNS, demo_configs
 from examples.derprop_voc.errors import ConfigError, DataError, DivergedError
 from examples.derprop_voc.evaluate import make_metric, summarise
-from examples.derprop_voc.files import write_bytes, write_json
+from examples.derprop_voc.files import held, write_bytes, write_json
 from examples.derprop_voc.model import SegmentationNetwork
 from examples.derprop_voc.quality import PseudoLabelQuality
 from examples.derprop_voc.scenes import CLASS_NAMES, make_scene, write_scenes
@@ -298,6 +298,27 @@ def test_divergence_names_the_images(scenes, tmp_path, capsys):
 def test_the_accelerator_is_checked(scenes, tmp_path):
     with pytest.raises(ConfigError, match="accelerator: cuda cannot be used here"):
         run(tiny(scenes, tmp_path, accelerator="cuda"), progress=False)
+
+
+def test_a_run_that_starts_anew_keeps_no_best_network_of_another(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_run", lambda *_, **__: {})
+    config = make_config(TINY | {"data": str(scenes), "out": str(tmp_path)})
+    for latest in (True, False):
+        (tmp_path / "best.pt").touch()
+        if latest:
+            (tmp_path / "latest.pt").touch()
+        run(config, resume=True)
+        assert (tmp_path / "best.pt").exists() == latest
+        (tmp_path / "latest.pt").unlink(missing_ok=True)
+
+
+def test_one_process_trains_in_a_folder(scenes, tmp_path):
+    config = make_config(TINY | {"data": str(scenes), "out": str(tmp_path)})
+    with held(tmp_path), pytest.raises(ConfigError, match="out: another process trains in "):
+        run(config)
+    assert not (tmp_path / "latest.pt").exists()
+    with held(tmp_path):  # it is free again
+        pass
 
 
 def test_writes_are_whole_or_absent(tmp_path):

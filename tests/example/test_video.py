@@ -140,6 +140,7 @@ def test_options_are_checked():
     for options, text in (
         ({"last": -1}, "last: expected a number of at least 0, got -1"),
         ({"sharpness": 0.0}, "sharpness: expected a number above 0, got 0.0"),
+        ({"radius": 1, "doubt": 1.0}, "doubt: in a window every frame is averaged by itself"),
         ({"every": 0}, "every: expected at least 1, got 0"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
     ):
@@ -298,6 +299,10 @@ def test_frames_whose_truth_is_void_have_no_score(clip, tmp_path):
     flags = ("--frames", clip / "frames", "--masks", tmp_path / "masks", "--out", tmp_path / "out", *backbone(clip))
     command(add_video_arguments, video_command, *flags)
     assert "3" not in json.loads((tmp_path / "out" / "scores.json").read_text())["frames"]
+    for number in (1, 2, 3, 4):
+        (tmp_path / "masks" / f"{number}.png").unlink()
+    command(add_video_arguments, video_command, *flags)
+    assert not (tmp_path / "out" / "scores.json").exists()  # of an earlier call
 
 
 def test_without_truth_there_are_no_scores(clip, tmp_path, capsys):

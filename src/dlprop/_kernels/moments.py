@@ -110,9 +110,10 @@ class _Moments(Function):
         mean = (sum(totals) / n).to(V.dtype)
         sums, second = counts.new_zeros(*weights.shape[:2], V.shape[1]), counts.new_zeros(V.shape[0], *2 * V.shape[1:2])
         rows = [slice(i, min(i + ROWS, V.shape[1])) for i in range(0, V.shape[1], ROWS)]
-        memory = V.new_empty(2, *V.shape[:2], min(PIXELS, V.shape[2]))  # fresh memory would cost as much as filling it
+        # Fresh memory would cost as much as filling it.
+        memory = V.new_empty(1 if are_shares else 2, *V.shape[:2], min(PIXELS, V.shape[2]))
         for w, v in blocks:
-            E, weighted = memory[..., : v.shape[2]]
+            E, weighted = memory[0, ..., : v.shape[2]], memory[-1, ..., : v.shape[2]]
             torch.sub(v, mean, out=E)
             sums += w @ E.mT
             if not are_shares:

@@ -50,19 +50,25 @@ def bfloat16_factors(rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]
     close. The means have a large part m in common, most of all after a ReLU, so that `e_i . m + m . f_k` is computed
     before anything is rounded, and r and s are less m.
     """
-    m = (rows[0] + rows[1]).mean(dim=1, keepdim=True) / 2
+    m = (rows[0] + rows[1]).sum(dim=1, keepdim=True) / (2 * _used(*rows).sum(dim=1, keepdim=True)).clamp_min(1)
     left = _both_sides(*rows, m, pieces)
     right = left if columns[0] is rows[0] else _both_sides(*columns, m, pieces)
     width = left.shape[2] // 3
     return left[:, :, : 2 * width], right[:, :, width:]
 
 
+def _used(features: Tensor, target: Tensor) -> Tensor:
+    """1 for compared pixels, 0 for ignored ones, (N, M, 1), whose residuals are to be 0 whatever is rounded."""
+    return ((features != 0) | (target != 0)).any(dim=2, keepdim=True).to(features.dtype)
+
+
 def _both_sides(features: Tensor, target: Tensor, m: Tensor, pieces: int) -> Tensor:
     """Differences, means, and differences again: two of these in a row are a factor on the left or on the right."""
-    e, s = features - target, (features + target) / 2 - m
+    used = _used(features, target)
+    e, s = features - target, ((features + target) / 2 - m) * used
     of_m = (e * m).sum(dim=2, keepdim=True)
     leading = of_m.bfloat16()
-    e, s = torch.cat((e, leading, of_m - leading), dim=2), torch.cat((s, s.new_ones(*s.shape[:2], 2)), dim=2)
+    e, s = torch.cat((e, leading, of_m - leading), dim=2), torch.cat((s, used, used), dim=2)
     e_piece, s_piece = e.bfloat16(), s.bfloat16()
     if pieces == 1:
         return torch.cat((e_piece, s_piece, e_piece), dim=2)

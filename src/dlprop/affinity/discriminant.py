@@ -55,12 +55,12 @@ class Discriminant(Classifier):
     Raises:
         TypeError, ValueError: options of the wrong type or out of range, "stored" without statistics, statistics with
             `normalize`, and `pseudo_counts` with another across than "image"; in use,
-            `Q * step >= D`, statistics of other classes or channels, or a singular covariance (seen on CPUs in eager
-            mode; elsewhere the result is NaN).
+            `Q * step >= D`, statistics of other classes or channels, "stored" ones of no pixel (seen on CPUs in eager
+            mode), or a singular covariance (likewise; elsewhere the result is NaN).
 
     Cost:
-        Time O(N M D (C + D) + N D^3), by stored statistics alone O(N M D C + D^3); memory O(N (C D + D^2)) beyond the
-        output, and a copy of the features if they are normalised. At full resolution the same, on the grid of the
+        Time O(N M D (C + D) + N D^3), by stored statistics alone O(N M D C + D^3); memory O(N (C M + D^2)) and a copy
+        of the features if they are normalised. At full resolution the same, on the grid of the
         features, with up to six copies of them.
 
     Example:
@@ -117,6 +117,10 @@ class Discriminant(Classifier):
         """Of every image, or of one that stands for all; and those that the class means lean on."""
         stored = None if self.statistics is None else _stored(self.statistics, sources)
         if stored is not None and self.across == "stored":
+            if _checks.values_are_known(stored.counts) and not stored.counts.any():
+                raise ValueError(
+                    "statistics hold no pixel yet, so nothing can be told apart by them: update them first"
+                )
             return stored, None
         P = sources.counted(sources.logits.softmax(dim=1))
         own = self.statistics_of(sources, P, are_shares=sources.counts is None)

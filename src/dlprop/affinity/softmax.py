@@ -91,9 +91,9 @@ class Softmax(Orders):
         _checks.choice("over", self.over, Over)
         if self.similarity == "gaussian" and min(self.weights) < 0:
             raise ValueError(f"weights of a Gaussian are 1 / sigma^2, so at least 0, got {self.weights}")
-        _checks.optional_integer("radius", self.radius, 1)
+        object.__setattr__(self, "radius", _checks.optional_integer("radius", self.radius, 1))
         object.__setattr__(self, "dilation", _checks.integer_or_integers("dilation", self.dilation, 1))
-        _checks.optional_integer("chunk_size", self.chunk_size, 1)
+        object.__setattr__(self, "chunk_size", _checks.optional_integer("chunk_size", self.chunk_size, 1))
         _checks.choice("backend", self.backend, Backend)
         if self.radius is None and self.dilation != 1:
             raise ValueError(f"dilation needs a radius, such as radius=1, got dilation = {self.dilation} without one")
@@ -190,11 +190,11 @@ def _that_count(V: Tensor, sources: Pixels) -> tuple[Tensor, Tensor, Tensor | No
     if counts is None or not _checks.values_are_known(counts):
         return V, L, counts
     kept = [is_source.nonzero()[:, 0] for is_source in counts[:, 0] > 0]
-    sizes = torch.tensor([len(index) for index in kept])
+    sizes = torch.tensor([len(index) for index in kept], device=counts.device)
     if not kept or sizes.max() in (0, V.shape[2]):
         return V, L, counts
     index = pad_sequence(kept, batch_first=True)[:, None]
-    is_padding = torch.arange(index.shape[2]) >= sizes[:, None, None]
+    is_padding = torch.arange(index.shape[2], device=counts.device) >= sizes[:, None, None]
     V, L, counts = (x.gather(2, index.expand(-1, x.shape[1], -1)) for x in (V, L, counts))
     counts = counts.masked_fill(is_padding, 0)
     return V, L, None if (counts == 1).all() else counts
