@@ -62,8 +62,8 @@ class ClassStatistics(nn.Module):
             devices or dtypes, labels out of range (CPU), a factor outside [0, 1].
 
     Cost:
-        `update`: one product `V V^T` and one with C rows; beyond the inputs O(C D + D^2) and blocks of pixels, 11 MiB
-        for 21 classes and 256 channels (22 where these are of half precision), and the C shares of an image at the
+        `update`: one product `V V^T` and one with C rows; beyond the inputs O(C D + D^2) and blocks of pixels, up to
+        11 MiB for 21 classes and 256 channels (22 of half precision), and the C shares of an image at the
         points of its features where its logits or labels have another grid.
 
     Example:
