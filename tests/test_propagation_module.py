@@ -207,7 +207,8 @@ def test_a_users_own_affinity_is_short_and_learns():
 
 @pytest.mark.parametrize("affinity", ["linear", "softmax", "attention", "ridge", "discriminant"])
 def test_the_default_device_does_not_matter(affinity):
-    logits, feats, mask = torch.randn(2, 3, 8, 8), torch.rand(2, 4, 4, 4), random_mask(2, 8, 8)
+    logits, feats, mask = torch.randn(2, 3, 8, 8), torch.rand(2, 4, 4, 4), torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[0, 0, 0] = mask[0, 5, 5] = mask[1, 3, 3] = True  # more sources in one image than in the other
     propagate = DerivativeLabelPropagation(affinity)
     expected = propagate(logits, feats, mask=mask)
     with torch.device("meta"):
