@@ -268,9 +268,9 @@ def test_an_update_bn_whose_loader_fails_is_over_with_the_next_update():
 
     def failing():
         yield from _loader(1)
-        raise OSError
+        raise OSError("a damaged file")
 
-    with pytest.raises(OSError):  # noqa: PT011, there is no message
+    with pytest.raises(OSError, match="a damaged file"):
         update_bn(failing(), averager)
     averager.update(model)
     assert not any(m.momentum is None for m in averager.modules() if isinstance(m, nn.BatchNorm2d))

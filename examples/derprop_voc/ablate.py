@@ -141,7 +141,7 @@ def is_done(job: Job) -> bool:
     found = results["config"]
     for name, theirs, ours in [*changed_options(found, job.config), *_changed_files(found, job.config)]:
         raise ConfigError(f"{path}: {name} is {theirs!r} there, {ours!r} here; choose another --out")
-    if _lists(job.config) not in (None, results["lists"]):
+    if _lists(job.config) not in (None, results.get("lists")):
         raise ConfigError(
             f"{path}: the lists of {job.config.partition} have changed since; bring them back, or choose another --out"
         )

@@ -149,6 +149,11 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags for device and threads, as in training."""
     choices = get_args(hints()["accelerator"])
     parser.add_argument("--accelerator", choices=choices, default="auto", help="what to compute on (%(default)s)")
+    add_threads_argument(parser)
+
+
+def add_threads_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of commands that compute on the CPU."""
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
 
 

@@ -39,6 +39,11 @@ class Data:
     val: list[Item]
     class_names: tuple[str, ...]
 
+    @property
+    def digest(self) -> str:
+        """Of both training lists."""
+        return digest((self.labeled, self.unlabeled))
+
 
 def digest(lists: Iterable[Sequence[Item]]) -> str:
     """SHA-256 of the ids of both training lists, in order: what the order of batches stands on."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .augment import to_input
-from .choice import Finished, load_finished
+from .choice import Finished, add_threads_argument, load_finished
 from .clicks import draw_labels
 from .complete import Completion, dense_labels
 from .config import Config, make_config, read_yaml
@@ -53,7 +53,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         default=[0],
         help="of the scenes and of every training; several: one after the other",
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    add_threads_argument(parser)
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps of each run (%(default)s)")
 
 

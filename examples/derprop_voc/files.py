@@ -63,10 +63,12 @@ def held(folder: Path) -> Iterator[None]:
         return
     place = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"out: another process trains in {folder}; wait for it, or choose another folder"
+            raise ConfigError(message) from None
         yield
-    except BlockingIOError:
-        raise ConfigError(f"out: another process trains in {folder}; wait for it, or choose another folder") from None
     finally:
         os.close(place)
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from .cache import CachedFeatures, cache_place, fill_cache, grid_of_features, read_cache
-from .choice import Finished, check_not_trained_on, load_finished, make_device
+from .choice import Finished, add_threads_argument, check_not_trained_on, load_finished, make_device
 from .data import Item, load_data
 from .errors import ConfigError
 from .files import versions
@@ -89,7 +89,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
         "set are averaged",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for JSON and a table")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    add_threads_argument(parser)
 
 
 def begin(arguments: argparse.Namespace, kind: str, **asked: Any) -> tuple[list[Finished], Path, dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dlprop import MomentumAverager
 
 from .config import Config
-from .data import Data, digest
+from .data import Data
 from .distributed import gathered, rank, world_size
 from .errors import CheckpointError, ConfigError
 from .files import read_tensors
@@ -61,7 +61,7 @@ class State:
             "best": self.best,
             "config": config.to_dict(),
             "class_names": list(data.class_names),
-            "lists": digest((data.labeled, data.unlabeled)),
+            "lists": data.digest,
         }
 
     def restore(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
@@ -198,7 +198,7 @@ def check_resumable(path: Path, checkpoint: Mapping[str, Any], config: Config, d
         raise ConfigError(
             f"class_names: {path} was made with {checkpoint['class_names']}, found {list(data.class_names)}"
         )
-    if digest((data.labeled, data.unlabeled)) != checkpoint["lists"]:
+    if data.digest != checkpoint["lists"]:
         raise ConfigError(f"partition: {path} was made with other lists of images than {config.partition} holds now")
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from .augment import Augment, AugmentFeatures, cutmix, cutmix_boxes
 from .cache import CachedFeatures, cache_place, feature_maps, fill_cache, read_cache
 from .config import Config, add_config_arguments, config_from_arguments
-from .data import VOID, Data, SeededBatches, SegmentationDataset, collate, digest, load_data, read_image
+from .data import VOID, Data, SeededBatches, SegmentationDataset, collate, load_data, read_image
 from .distributed import gathered, global_mean, highest, rank, share, total, world_size
 from .errors import ConfigError, DivergedError
 from .evaluate import evaluate
@@ -186,7 +186,7 @@ def _run(fabric: Fabric, config: Config, data: Data, *, resume: bool, progress: 
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "lists": digest((data.labeled, data.unlabeled)),
+        "lists": data.digest,
         "config": config.to_dict(),
     }
     if fabric.is_global_zero:

@@ -279,8 +279,8 @@ def _label_l1_of_fractions(rows: Tensor, classes: Tensor) -> Tensor:
     `sum_c n_c^2 - 2 sum_c |a 1_c|^2 + |a 1|^2`.
     """
     sums, counts = class_sums(rows, classes)
-    own, all_pairs = sums.double().square().sum(dim=(1, 2)), sums.sum(dim=1).double().square().sum(dim=1)
-    return clamped(counts.double().square().sum(dim=1) - 2 * own + all_pairs).to(rows.dtype)
+    own, all_pairs = sums.square().sum(dim=(1, 2)), sums.sum(dim=1).square().sum(dim=1)
+    return clamped(counts.square().sum(dim=1) - 2 * own + all_pairs).to(rows.dtype)
 
 
 def _only(valid: Tensor | None, x: Tensor, channels: int) -> Tensor:

@@ -10,8 +10,8 @@ from .difference import Scheme, difference
 
 __all__: list[str] = []
 
-# Pixels of an image that exist in float64 at a time.
-PIXELS = 1 << 14
+# Pixels of an image that exist in float64 at a time, in cache.
+PIXELS = 1 << 11
 
 
 def squared_pairs(V: Tensor, G: Tensor, max_order: int, scheme: Scheme) -> Tensor:

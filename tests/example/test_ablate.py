@@ -14,7 +14,7 @@ from examples.derprop_voc import tables
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.ablate import is_done, make_jobs, read_grid, read_results, run_all
 from examples.derprop_voc.config import make_config
-from examples.derprop_voc.data import digest, load_data
+from examples.derprop_voc.data import load_data
 from examples.derprop_voc.demo import CONFIGS
 from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.scenes import write_scenes
@@ -109,7 +109,7 @@ def test_finished_runs_are_kept_if_their_lists_are_the_same(tmp_path, scenes):
     shutil.copytree(scenes / "ImageSets" / "Segmentation" / "demo", lists)
     job = make_jobs({"data": str(scenes), "partition": str(lists)}, GRID, [0], tmp_path)[0]
     data = load_data(job.config)
-    finish(job, 0.5, lists=digest((data.labeled, data.unlabeled)))
+    finish(job, 0.5, lists=data.digest)
     assert is_done(job)
     names = (lists / "labeled.txt").read_text().split()
     (lists / "labeled.txt").write_text("\n".join(names[:-1]))

@@ -12,7 +12,7 @@ from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.choice import load_finished
 from examples.derprop_voc.choose import CONTROL, P, Setting, choose_setting, config_of, make_settings, markdown
 from examples.derprop_voc.config import make_config, read_yaml
-from examples.derprop_voc.data import digest, load_data
+from examples.derprop_voc.data import load_data
 from examples.derprop_voc.errors import DataError
 from examples.derprop_voc.evaluate import confusion, gain, mean_iou
 from examples.derprop_voc.scenes import write_scenes
@@ -203,7 +203,6 @@ def test_unlabelled_images_count_as_trained_on_where_they_were_read(finished, va
     data, out = finished
     (item,) = load_finished([out / "latest.pt"], torch.device("cpu"))
     config = replace(item.config, variant=variant)
-    data_of_run = load_data(config)
-    item = replace(item, config=config, lists=digest((data_of_run.labeled, data_of_run.unlabeled)))
+    item = replace(item, config=config, lists=load_data(config).digest)
     with pytest.raises(DataError, match=message):
         command.held_out(item, data / "ImageSets" / "Segmentation" / "demo" / "unlabeled.txt", {})

@@ -317,8 +317,8 @@ def test_one_process_trains_in_a_folder(scenes, tmp_path):
     with held(tmp_path), pytest.raises(ConfigError, match="out: another process trains in "):
         run(config)
     assert not (tmp_path / "latest.pt").exists()
-    with held(tmp_path):  # it is free again
-        pass
+    with pytest.raises(BlockingIOError), held(tmp_path):  # it is free again, and this is no other process
+        raise BlockingIOError
 
 
 def test_writes_are_whole_or_absent(tmp_path):
