@@ -203,7 +203,7 @@ CAPTURED = {
 }
 
 
-# Likewise, and not left to `make test-all`.
+# Likewise, with masks and grids of two sizes.
 GRAPHS = {"propagation mask", "propagation full resolution"}
 
 
@@ -213,7 +213,9 @@ GRAPHS = {"propagation mask", "propagation full resolution"}
     *("propagation attention", "propagation window"),
     exhaustive=CAPTURED
     | {"propagation softmax to targets", "propagation softmax gaussian", "loss frobenius labels"}
-    | {"propagation attention to targets", "propagation window full resolution"},
+    | {"propagation attention to targets", "propagation window full resolution"}
+    | GRAPHS
+    | {"finite_difference laplacian", "loss anchors"},
 )
 def test_compiles_into_one_graph_without_a_recompile_per_size(name):
     function, arguments = CASES[name]
@@ -227,7 +229,11 @@ def test_compiles_into_one_graph_without_a_recompile_per_size(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["propagation softmax", pytest.param("propagation window", marks=pytest.mark.exhaustive), "loss labels"]
+    "name",
+    [
+        "propagation softmax",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("propagation window", "loss labels")),
+    ],
 )
 def test_square_images_do_not_recompile_either(name):
     function, arguments = CASES[name]
@@ -241,7 +247,7 @@ def test_square_images_do_not_recompile_either(name):
 @quick(
     ["propagation", "propagation softmax full resolution", "loss label grid"],
     "loss label grid",
-    exhaustive={"propagation softmax full resolution"},
+    exhaustive={"propagation", "propagation softmax full resolution"},
 )
 def test_compiles_once_where_everything_is_dynamic(name):
     # Then the numbers among the options (weights, eta, chunk_size) are symbols too.
@@ -283,7 +289,7 @@ def test_rectify_compiles():
     [
         *("linear", "softmax", "attention"),
         pytest.param(WINDOW, id="window"),
-        *(pytest.param(Linear(scale=s), marks=pytest.mark.slow) for s in ("mean", "degree")),
+        *(pytest.param(Linear(scale=s), marks=pytest.mark.exhaustive) for s in ("mean", "degree")),
     ],
 )
 def test_a_mask_without_a_true_is_defined(affinity):
@@ -421,7 +427,7 @@ EXPORTS = {
 }
 
 
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", ["linear full resolution", "softmax", "window", "loss label grid", "loss anchors"])
 def test_exports(name, strict):
     module, arguments, _ = EXPORTS[name]
@@ -433,7 +439,14 @@ def test_exports(name, strict):
     assert_close(actual, module(*given).double(), "propagation")
 
 
-@quick(EXPORTS, "linear resized", "softmax full resolution", "window", "loss label grid", "loss features")
+@quick(
+    EXPORTS,
+    *("linear resized", "softmax full resolution", "window", "loss label grid", "loss features"),
+    exhaustive={
+        *("linear", "linear full resolution", "softmax resized", "attention resized", "window full resolution"),
+        *("loss labels", "loss frobenius", "loss anchors"),
+    },
+)
 def test_exports_with_dynamic_sizes(name):
     module, arguments, shapes = EXPORTS[name]
     keywords = ("logits", "feats") if isinstance(module, DerivativeLabelPropagation) else ("feats", "target")

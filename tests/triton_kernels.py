@@ -149,7 +149,12 @@ def test_many_channels(kernels, device, dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "C", "E", "M", "K"),
-    [(F64, 1, 5, 1, 2), (F32, 3, 40, 17, 20), (F64, 19, 5, 20, 50), (F32, 1, 2, 20, 2)],
+    [
+        (F64, 1, 5, 1, 2),
+        (F32, 3, 40, 17, 20),
+        pytest.param(F64, 19, 5, 20, 50, marks=pytest.mark.exhaustive),
+        (F32, 1, 2, 20, 2),
+    ],
 )
 def test_softmax_affinity(kernels, device, dtype, C, E, M, K):
     _check_softmax(kernels, device, dtype, 16, C=C, E=E, M=M, K=K)
@@ -160,7 +165,7 @@ def test_softmax_affinity_with_one_target(kernels, device, M):
     _check_softmax(kernels, device, F64, 16, M=M, K=1)  # its similarities have no gradient, and float32 leaves rounding
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", [F64, pytest.param(F32, marks=pytest.mark.exhaustive)])
 def test_softmax_affinity_with_the_default_blocks(kernels, device, dtype):
     _check_softmax(kernels, device, dtype, None, N=1, M=140, K=70)
 

@@ -238,9 +238,12 @@ def test_a_failed_run_stops_no_other_and_the_command_goes_on_where_it_stopped(tm
     assert main([*command, "--dry-run"]) == 0
     assert capsys.readouterr().out.count("missing") == 3
     assert not out.exists()
+    options = TINY | {"threads": 1, "data": str(data)}
+    [also] = make_jobs(options, {"also": {"variant": "supervised", "lr": 0.02}}, [0], out)
+    finish(also, 0.3, lists=load_data(also.config).digest)
     assert main(command) == 2
     captured = capsys.readouterr()
-    assert "3 runs, 0 of them done" in captured.out
+    assert "3 runs, 1 of them done" in captured.out
     assert "1 of 3 runs failed" in captured.err
     assert "option partition" in captured.err
     assert captured.err.count("\n") == 1

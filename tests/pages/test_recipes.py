@@ -266,7 +266,7 @@ def export_propagation(affinity, resolution="feats"):
 @pytest.mark.parametrize(
     ("affinity", "resolution"),
     [
-        (Linear(), "feats"),
+        pytest.param(Linear(), "feats", marks=pytest.mark.exhaustive),  # the page itself runs it
         pytest.param(Linear(scale="degree"), "feats", marks=pytest.mark.exhaustive),
         pytest.param(Linear(similarity="cosine"), "feats", marks=pytest.mark.exhaustive),
         (Linear(), "logits"),
@@ -285,11 +285,8 @@ def test_every_linear_propagation_goes_to_onnx(affinity, resolution):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "affinity",
-    [Ridge(), *(pytest.param(other, marks=pytest.mark.exhaustive) for other in (Softmax(), Discriminant()))],
-    ids=lambda affinity: type(affinity).__name__,
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("affinity", [Ridge(), Softmax(), Discriminant()], ids=lambda affinity: type(affinity).__name__)
 def test_other_affinities_do_not_go_to_onnx(affinity):
     _, program = export_propagation(affinity)
     with pytest.raises(torch.onnx.OnnxExporterError):
