@@ -75,11 +75,14 @@ def expected_update(logits, feats, mask=None, align_corners=True):
 @pytest.mark.parametrize("dtype", [F64, F32])
 @pytest.mark.parametrize("M", [1, 7, 11])
 @pytest.mark.parametrize(("size", "rows"), [(1, 1), (3, 3), (7, 2), (4096, 128)])
-def test_moments_in_blocks(size, rows, M, dtype, monkeypatch):
+@pytest.mark.parametrize("are_shares", [False, True])
+def test_moments_in_blocks(are_shares, size, rows, M, dtype, monkeypatch):
     monkeypatch.setattr(kernel, "PIXELS", size)
     monkeypatch.setattr(kernel, "ROWS", rows)
     weights, V = torch.rand(2, 3, M).to(dtype), torch.randn(2, 4, M).to(dtype)
-    actual = kernel.moments(weights, V)
+    if are_shares:
+        weights = weights.softmax(dim=1)
+    actual = kernel.moments(weights, V, are_shares=are_shares)
     assert {x.dtype for x in actual} == {F64}
     assert_statistics(actual, of_images(weights, V), dtype=dtype)
 
@@ -154,6 +157,20 @@ def test_a_large_mean_does_not_cancel(dtype):
         uncentred = (w * V) @ V.mT - w.sum() * mean @ mean.mT
         with pytest.raises(AssertionError, match="error"):
             assert_close(uncentred, wanted[2], "large mean", F32)
+
+
+@pytest.mark.parametrize("kind", ["shifted", "another first eighth", "constant"])
+def test_the_mean_of_the_first_pixels_will_do(kind, monkeypatch):
+    """Shares of 1 are centred on it."""
+    monkeypatch.setattr(kernel, "PIXELS", 10)
+    weights, V = torch.rand(1, 3, 800).softmax(dim=1), torch.randn(1, 4, 800)
+    V = torch.full_like(V, 1e3) if kind == "constant" else V + 1e3
+    if kind == "another first eighth":
+        V[:, :, :100] -= 1e3
+    actual = kernel.moments(weights, V, are_shares=True)
+    assert_statistics(actual, of_images(weights, V), dtype=F32)
+    if kind == "constant":
+        assert actual.second.abs().max() < 1e-9 * V.square().sum()
 
 
 # The second moment of upsampled features

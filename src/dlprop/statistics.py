@@ -63,7 +63,7 @@ class ClassStatistics(nn.Module):
 
     Cost:
         `update`: one product `V V^T` and one with C rows; beyond the inputs O(C D + D^2) and blocks of pixels, up to
-        11 MiB for 21 classes and 256 channels (22 of half precision), and the C shares of an image at the
+        13 MiB for 21 classes and 256 channels (30 of half precision), and the C shares of an image at the
         points of its features where its logits or labels have another grid.
 
     Example:

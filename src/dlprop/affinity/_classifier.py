@@ -53,6 +53,13 @@ class Classifier(Orders):
         statistics = image_statistics(sources, weights, are_shares=are_shares)
         return statistics.over_batch() if self.across == "batch" else statistics
 
+    @staticmethod
+    def scores_of(targets: Pixels, A: Tensor, bias: Tensor) -> Tensor:
+        """`A v_j + bias` on the grid of the targets, for one classifier (1, C, D) of all images or one of each."""
+        V = targets.feats
+        A, bias = A.to(V.dtype).expand(V.shape[0], -1, -1), bias[:, :, None].to(V.dtype)
+        return targets.upsample(torch.baddbmm(bias, A, V))
+
     def over_covariance(self, statistics: Statistics, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`x Sigma_s^{-1}` for rows x (..., C, D) with `Sigma_s = Sigma + shrinkage tr(Sigma) / D T`.
 

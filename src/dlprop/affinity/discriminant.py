@@ -110,8 +110,7 @@ class Discriminant(Classifier):
         A = self.over_covariance(statistics, means, targets.feats.dtype)
         prior = torch.log(counts / or_one(n)[:, None] + SMALLEST_PRIOR)
         bias = prior - (A * (mean + means / 2)).sum(dim=2)
-        scores = A.to(targets.feats.dtype) @ targets.feats + bias[:, :, None].to(targets.feats.dtype)
-        return targets.upsample(scores).log_softmax(dim=1)
+        return self.scores_of(targets, A, bias).log_softmax(dim=1)
 
     def _statistics(self, sources: Pixels) -> tuple[Statistics, Statistics | None]:
         """Of every image, or of one that stands for all; and those that the class means lean on."""

@@ -85,5 +85,5 @@ class Ridge(Classifier):
         covariance = (sums - counts[:, :, None] * mean) / or_one(total)[:, None, None]
         B = self.over_covariance(statistics, covariance, P.dtype)
         bias = shares - (B * mean).sum(dim=2)
-        fitted = targets.upsample(B.to(P.dtype) @ targets.feats + bias[:, :, None].to(P.dtype))
+        fitted = self.scores_of(targets, B, bias)
         return torch.log(fitted.clamp_min(SMALLEST_PROBABILITY)).log_softmax(dim=1)
