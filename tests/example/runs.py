@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from examples.derprop_voc.config import make_config
-from examples.derprop_voc.train import Trainer
+from examples.derprop_voc.trainer import Trainer
 from tests.example.options import TINY as PLAIN
 
 # Dropout, CutMix, the momentum network and the adaptive threshold are on; pseudo-labels pass the threshold. Epochs have

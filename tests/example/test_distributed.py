@@ -13,16 +13,18 @@ import torch
 import yaml
 from PIL import Image
 
-from examples.derprop_voc import distributed, losses, train
+from examples.derprop_voc import distributed, losses, trainer
 from examples.derprop_voc.__main__ import BAD_INPUT, main
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import Data
+from examples.derprop_voc.distributed import make_fabric
 from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.losses import AdaptiveThreshold, Objective
 from examples.derprop_voc.model import Output
 from examples.derprop_voc.scenes import write_scenes
 from examples.derprop_voc.state import make_state
-from examples.derprop_voc.train import Length, Trainer, make_fabric, run
+from examples.derprop_voc.train import run
+from examples.derprop_voc.trainer import Length, Trainer
 from tests.example.options import TINY as PLAIN
 
 ROOT = Path(__file__).parents[2]
@@ -54,15 +56,15 @@ WORKER = """
 import json, sys
 from pathlib import Path
 from matplotlib.figure import Figure
-from examples.derprop_voc import losses, train
+from examples.derprop_voc import losses, train, trainer
 from examples.derprop_voc.__main__ import main
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.distributed import rank
 from examples.derprop_voc.errors import DivergedError
 
-train.LOG_EVERY = 1
+trainer.LOG_EVERY = 1
 Figure.savefig = lambda self, file, **options: None
-labeled, check = losses.Objective.labeled, train.Trainer._check_finite
+labeled, check = losses.Objective.labeled, trainer.Trainer._check_finite
 
 for job in json.loads(Path(sys.argv[1]).read_text()):
     if "command" in job:
@@ -77,7 +79,7 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
             raise InterruptedError
         check(self, *arguments)
 
-    losses.Objective.labeled, train.Trainer._check_finite = diverging, stopping
+    losses.Objective.labeled, trainer.Trainer._check_finite = diverging, stopping
     try:
         results = train.run(make_config(job["config"]), resume=job.get("resume", False), progress=False)
     except (InterruptedError, DivergedError) as error:
@@ -138,7 +140,7 @@ def one(scenes, tmp_path_factory):
     """Folder of `RUNS` on one process."""
     root = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "LOG_EVERY", 1)
+        patch.setattr(trainer, "LOG_EVERY", 1)
         for name, options in RUNS.items():
             run(tiny(scenes, root / name, **options), progress=False)
     return root
@@ -458,16 +460,16 @@ def test_synchronised_batch_norm_keeps_the_activations_of_timms_layers(scenes, t
     fabric = make_fabric(config)
     images = torch.rand(2, 3, 32, 32)
 
-    def trainer():
+    def made():
         state = make_state(config, 3, fabric.device, 1)
         before = state.network.eval()(images)
-        made = Trainer(fabric, config, Data([], [], [], ("a", "b", "c")), state, Length(1, 1), progress=False)
-        return made, before
+        one = Trainer(fabric, config, Data([], [], [], ("a", "b", "c")), state, Length(1, 1), progress=False)
+        return one, before
 
-    alone, _ = trainer()
+    alone, _ = made()
     assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in alone.state.network.modules())
-    monkeypatch.setattr(train, "world_size", lambda: 2)
-    both, before = trainer()
+    monkeypatch.setattr(trainer, "world_size", lambda: 2)
+    both, before = made()
     layers = [module for module in both.state.network.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
     assert len(layers) > 10
     for found, expected in zip(both.state.network.eval()(images), before, strict=True):

@@ -2,20 +2,22 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 
-from examples.derprop_voc import train
+from examples.derprop_voc import trainer
 from examples.derprop_voc.__main__ import DONE, main
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.errors import ConfigError
 from examples.derprop_voc.frozen import make_network
 from examples.derprop_voc.model import SegmentationNetwork
 from examples.derprop_voc.scenes import CLASS_NAMES
-from examples.derprop_voc.train import Trainer, run
+from examples.derprop_voc.train import run
+from examples.derprop_voc.trainer import Trainer
 from tests.example.frozen_runs import CHANNELS, FROZEN, counted
 
 
@@ -143,7 +145,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(whole, scenes, tmp_p
     assert read(tmp_path / "run")["step"] == 3
     moved = make_config(stopped.to_dict() | {"cache_dir": str(tmp_path / "second")})
     resumed = run(moved, resume=True, progress=False)
-    found, expected = (read(out) for out in (tmp_path / "run", train.Path(config.out)))
+    found, expected = (read(out) for out in (tmp_path / "run", Path(config.out)))
     assert tensors(found).keys() == tensors(expected).keys()
     for name, value in tensors(expected).items():
         assert torch.equal(tensors(found)[name], value), name
@@ -160,7 +162,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(whole, scenes, tmp_p
 def test_a_checkpoint_is_complete(whole, tmp_path, scenes, capsys):
     """`evaluate` and `predict` work on images, without cache and without the file of weights."""
     config, results = whole
-    network = read(train.Path(config.out))["network"]
+    network = read(Path(config.out))["network"]
     assert network["channel_std"].min() > 0
     assert not torch.equal(network["channel_std"], torch.ones(CHANNELS, 1, 1))
     assert main(["evaluate", "--run", config.out, "--out", str(tmp_path / "scores.json")]) == DONE
@@ -189,13 +191,13 @@ def test_pseudo_labels_and_their_masks_follow_the_features(scenes, tmp_path, mon
     for name in ("labeled.txt", "unlabeled.txt"):
         shutil.copy(labeled, tmp_path / name)
     options = {"partition": str(tmp_path), "measure_pseudo_labels": True, "steps": 2}
-    draw, grids = train.cutmix_boxes, set()
+    draw, grids = trainer.cutmix_boxes, set()
 
     def drawn(count, grid, **more):
         grids.add(tuple(grid))
         return draw(count, grid, **more)
 
-    monkeypatch.setattr(train, "cutmix_boxes", drawn)
+    monkeypatch.setattr(trainer, "cutmix_boxes", drawn)
     results = run(tiny(scenes, tmp_path / "run", **options), progress=False)
     assert grids == {(4, 5)}
     [quality] = [entry for entry in results["history"] if entry["kind"] == "pseudo"]

@@ -5,20 +5,21 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 
-from examples.derprop_voc import train
+from examples.derprop_voc import train, trainer
 from examples.derprop_voc.data import SeededBatches, load_data
 from examples.derprop_voc.errors import ConfigError, DivergedError
 from examples.derprop_voc.losses import Objective
 from examples.derprop_voc.scenes import CLASS_NAMES
 from examples.derprop_voc.state import make_state
-from examples.derprop_voc.train import Trainer, run
+from examples.derprop_voc.train import run
+from examples.derprop_voc.trainer import Trainer
 from tests.example.runs import EPOCH, Stopped, assert_same, assert_same_run, read, stop_at, tiny
 from tests.example.runs import SCENES as SCENES
 
 
 @pytest.fixture(autouse=True)
 def _log_every(monkeypatch):
-    monkeypatch.setattr(train, "LOG_EVERY", 2)
+    monkeypatch.setattr(trainer, "LOG_EVERY", 2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from examples.derprop_voc import train
+from examples.derprop_voc import trainer
 from examples.derprop_voc.__main__ import BAD_INPUT, DONE, main
 from examples.derprop_voc.data import load_data
 from examples.derprop_voc.errors import CheckpointError, ConfigError
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _log_every(monkeypatch):
-    monkeypatch.setattr(train, "LOG_EVERY", 2)
+    monkeypatch.setattr(trainer, "LOG_EVERY", 2)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def runs(scenes, tmp_path_factory):
     """Setting -> (config and results of an uninterrupted run, folder of the same run stopped in its second epoch)."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "LOG_EVERY", 2)
+        patch.setattr(trainer, "LOG_EVERY", 2)
         for name, options in SETTINGS.items():
             root = tmp_path_factory.mktemp(name)
             whole = tiny(scenes, root / "whole", **options)
@@ -107,8 +107,8 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(setting, runs, scene
 MOMENTS = [
     pytest.param(*moment, id=f"{moment[0]}-{moment[1].rpartition(':')[2]}-{moment[2]}", marks=marks)
     for moment, marks in (
-        (("eval", "examples.derprop_voc.train:Trainer._check_finite", 1), pytest.mark.exhaustive),
-        (("train", "examples.derprop_voc.train:Trainer._check_finite", 5), ()),
+        (("eval", "examples.derprop_voc.trainer:Trainer._check_finite", 1), pytest.mark.exhaustive),
+        (("train", "examples.derprop_voc.trainer:Trainer._check_finite", 5), ()),
         (("eval", "os:fsync", 3), ()),
         (("eval", "os:fsync", 4), pytest.mark.exhaustive),
         (("train", "os:fsync", 5), pytest.mark.exhaustive),
@@ -119,10 +119,10 @@ MOMENTS = [
 KILLER = """
 import importlib, json, os, resource, signal, sys
 from matplotlib.figure import Figure
-from examples.derprop_voc import train
+from examples.derprop_voc import trainer
 from examples.derprop_voc.__main__ import main
 
-train.LOG_EVERY = 2
+trainer.LOG_EVERY = 2
 Figure.savefig = lambda self, file, **options: None
 
 def kill_at(place, count):
@@ -191,7 +191,7 @@ def ended(scenes, runs, tmp_path_factory):
     for moment in MOMENTS:
         setting, *kill = moment.values
         add(moment.values, setting, kill=kill)
-    add("workers", "eval", "--workers", "2", kill=["examples.derprop_voc.train:Trainer._check_finite", 5])
+    add("workers", "eval", "--workers", "2", kill=["examples.derprop_voc.trainer:Trainer._check_finite", 5])
     add("other workers", "eval", "--resume", "--workers", "1", folder=folders["workers"])
     full = tmp_path_factory.mktemp("full")
     shutil.copytree(runs["eval"][2], full / "run")
@@ -269,7 +269,7 @@ def test_best_is_the_epoch_of_the_highest_validation_miou(scenes, tmp_path, monk
                 for network, value in values.items()
             }
 
-        monkeypatch.setattr(train, "evaluate", evaluate)
+        monkeypatch.setattr(trainer, "evaluate", evaluate)
 
     config = tiny(scenes, tmp_path / "run", steps=12)
     with pytest.MonkeyPatch.context() as patch:
