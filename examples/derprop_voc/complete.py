@@ -170,7 +170,7 @@ def complete_command(arguments: argparse.Namespace) -> None:
                 start = only_labelled(logits, Clicks(labels)) if arguments.only_labelled else logits
                 completed = completion(feats, labels, start)
             dense = dense_labels(completed, labels)
-            write_pictures(arguments.out, item.name, read_image(item.image), dense, colours, alpha)
+            write_pictures(arguments.out, item.name, read_image(item.image), dense, colours, alpha, given=labels)
             bar.update()
     draw_legend(arguments.out / "legend.png", names)
     print(f"{len(images)} images: masks, overlays and legend.png are in {arguments.out}")

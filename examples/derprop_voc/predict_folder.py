@@ -11,9 +11,11 @@ import torch
 from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from .choice import (
+    PROPAGATION,
     Finished,
     add_machine_arguments,
     add_network_argument,
@@ -27,7 +29,7 @@ from .choice import (
     with_propagation,
 )
 from .config import Config
-from .data import check_image, read_image, read_list
+from .data import VOID, check_image, read_image, read_list
 from .errors import ConfigError, DataError
 from .evaluate import OUTPUTS, predict
 from .figures import FRAME, INK, new_figure, write_figure
@@ -84,6 +86,12 @@ def predict_command(arguments: argparse.Namespace) -> None:
     if arguments.out.resolve() in places:
         raise ConfigError(f"out: expected another folder than the images' own, got {arguments.out}")
     options = propagation_options(arguments)
+    unused = next((name for name in PROPAGATION if name != "tau" and hasattr(arguments, name)), None)
+    passes = arguments.read_statistics or arguments.write_statistics
+    if unused and arguments.output == "prediction" and "tau" not in options and not passes:
+        raise ConfigError(
+            f"output: prediction is not propagated, so {unused} would do nothing; choose propagated or blend"
+        )
     label = make_labels(finished, images, arguments, with_propagation(finished.config, options))
     predict_folder(images, arguments.out, label, finished.class_names, alpha=alpha)
     print(f"{len(images)} images: masks, overlays and legend.png are in {arguments.out}")
@@ -191,11 +199,24 @@ def predict_folder(
     draw_legend(out / "legend.png", class_names)
 
 
-def write_pictures(out: Path, name: str, image: Tensor, labels: Tensor, colours: np.ndarray, alpha: float) -> None:
-    """Writes `<name>_mask.png` of class ids (H, W), and `<name>_overlay.png` on a uint8 image (3, H, W)."""
+def write_pictures(
+    out: Path, name: str, image: Tensor, labels: Tensor, colours: np.ndarray, alpha: float, given: Tensor | None = None
+) -> None:
+    """Writes `<name>_mask.png` of class ids (H, W), and `<name>_overlay.png` on a uint8 image (3, H, W).
+
+    On the overlay labels that were `given`, (H, W) and `VOID` elsewhere, are opaque, grown and edged with white.
+    """
     ids = labels.to("cpu", torch.uint8).numpy()
     write_png(out / f"{name}_mask.png", palette_image(ids, colours))
-    write_png(out / f"{name}_overlay.png", overlay(image.permute(1, 2, 0).numpy(), colours[ids], alpha))
+    picture = overlay(image.permute(1, 2, 0).numpy(), colours[ids], alpha)
+    if given is not None:
+        known = torch.where(given == VOID, 0, given.long() + 1)[None].float()
+        grown, edged = (F.max_pool2d(known, 2 * r + 1, stride=1, padding=r)[0].long().cpu().numpy() for r in (2, 3))
+        marked = np.array(picture)
+        marked[edged > 0] = 255
+        marked[grown > 0] = colours[grown[grown > 0] - 1]
+        picture = Image.fromarray(marked)
+    write_png(out / f"{name}_overlay.png", picture)
 
 
 def palette_image(ids: np.ndarray, colours: np.ndarray) -> Image.Image:

@@ -20,7 +20,8 @@ from examples.derprop_voc.complete import Clicks, Completion, classify, dense_la
 from examples.derprop_voc.config import make_config
 from examples.derprop_voc.data import VOID, load_data, read_image
 from examples.derprop_voc.image_features import add_features_arguments, make_describe, standardised
-from examples.derprop_voc.scenes import make_scene
+from examples.derprop_voc.panels import class_colours
+from examples.derprop_voc.scenes import CLASS_NAMES, make_scene
 from examples.derprop_voc.train import run
 from tests.example.frozen_runs import FROZEN
 from tests.tolerances import assert_close
@@ -161,6 +162,12 @@ def test_a_folder_with_a_run(folders, trained, pictures, capsys):
         mask = np.array(Image.open(path))
         assert mask.shape == (40, 48)
         assert (mask[3, 4], mask[30, 20]) == (0, 1)
+    colours = np.round(255 * class_colours(CLASS_NAMES)).astype(np.uint8)
+    for path in out.glob("*_overlay.png"):  # clicks are opaque there, and have a white edge
+        shown = np.array(Image.open(path))
+        assert (shown[28:33, 18:23] == colours[1]).all()
+        assert (shown[27, 17:24] == 255).all()
+        assert (shown[1:6, 2:7] == colours[0]).all()
 
 
 def test_only_labelled_changes_where_the_network_starts(folders, trained, pictures, monkeypatch):

@@ -148,6 +148,7 @@ def test_masks_are_palette_pngs_and_overlays_blend(finished, scenes, tmp_path):
         (["--run", "RUN", "--window", "32"], "window: 32 applies to sliding_window and center_crop only"),
         (["--run", "RUN", "--threads", "-1"], "threads: expected at least 0, got -1"),
         (["--run", "IMAGES"], "expected a run folder with latest.pt, found none"),
+        (["--run", "RUN", "--affinity", "ridge"], "output: prediction is not propagated, so affinity would do nothing"),
         (["--checkpoint", "IMAGES/val_0000.png"], "val_0000.png: damaged, or not a file of torch.save"),
         (["--run", "RUN", "--images", "OUT"], "expected a folder of images or a list of them, found none"),
         (["--run", "RUN", "--images", "RUN"], "expected .jpg, .png, .jpeg files, found none"),
