@@ -162,9 +162,9 @@ def checkpoint_files(arguments: argparse.Namespace, *, best: bool) -> list[Path]
     if arguments.run is None:
         return list(arguments.checkpoint)
     runs: list[Path] = arguments.run if isinstance(arguments.run, list) else [arguments.run]
-    for run in runs:
-        if not (run / "latest.pt").is_file():
-            raise CheckpointError(f"{run}: expected a run folder with latest.pt, found none")
+    missing = [str(run) for run in runs if not (run / "latest.pt").is_file()]
+    if missing:
+        raise CheckpointError(f"{', '.join(missing)}: expected a run folder with latest.pt, found none")
     files = [run / name for run in runs for name in (("latest.pt", "best.pt") if best else ("latest.pt",))]
     return [file for file in files if file.is_file()]
 

@@ -207,7 +207,8 @@ def table(results: Mapping[str, Any]) -> str:
         *(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows),
         "",
         f"P: prediction. P~: the same logits propagated by {' and '.join(_affinities(results))}. mean: of the "
-        "probabilities of both. -: a class in neither truth nor prediction, not in the mean over classes.",
+        "probabilities of both; predict --output prediction, propagated or blend writes them. -: a class in neither "
+        "truth nor prediction, not in the mean over classes.",
     ]
     if "adjusted" in shown:
         lines.append("P adj.: by the class shares of P over all images, with --tau; P~ and the mean are then of these.")

@@ -83,7 +83,7 @@ def split_command(arguments: argparse.Namespace) -> None:
 
 def draw(pool: Path, lines: Lines, *, labeled: int, val: int, seed: int) -> dict[str, Lines]:
     """Random labelled and held-out images, of those of `pool` that have a mask; the rest is unlabelled."""
-    drawn = _draw(pool, lines, labeled + val, seed)
+    drawn = _draw(pool, lines, labeled + val, seed, "--labeled and --val together")
     chosen = dict(drawn)
     rest = {image: line for image, line in lines.items() if image not in chosen}
     lists = {"labeled.txt": dict(drawn[:labeled]), "unlabeled.txt": rest}
@@ -94,7 +94,7 @@ def hold_out(folder: Path, source: Source, *, val: int, seed: int) -> dict[str, 
     """A partition with some of its unlabelled images held out; those that are labelled, too, are not among them."""
     labeled, unlabeled = (_read(folder / name, source) for name in ("labeled.txt", "unlabeled.txt"))
     others = {image: line for image, line in unlabeled.items() if image not in labeled}
-    held = dict(_draw(folder / "unlabeled.txt", others, val, seed))
+    held = dict(_draw(folder / "unlabeled.txt", others, val, seed, "--val"))
     rest = {image: line for image, line in unlabeled.items() if image not in held}
     return {"labeled.txt": labeled, "unlabeled.txt": rest, "val.txt": held}
 
@@ -148,14 +148,14 @@ def _ordered(lines: Lines, seed: int) -> list[tuple[Path, tuple[Item, str]]]:
     return sorted(lines.items(), key=key)
 
 
-def _draw(place: Path, lines: Lines, count: int, seed: int) -> list[tuple[Path, tuple[Item, str]]]:
-    """The first images with masks in the order of the seed."""
+def _draw(place: Path, lines: Lines, count: int, seed: int, flags: str) -> list[tuple[Path, tuple[Item, str]]]:
+    """The first images with masks in the order of the seed; `flags` asked for so many."""
     masked = {image: line for image, line in lines.items() if line[0].mask.is_file()}
     if len(masked) < count:
         such = "".join(f" (such as {item.mask})" for item, _ in [*lines.values()][:1])
         raise DataError(
             f"{place}: expected at least {count} images with masks{such} to draw from, "
-            f"found {len(masked)} among {len(lines)}"
+            f"found {len(masked)} among {len(lines)}; {flags} can be {len(masked)} at most"
         )
     return _ordered(masked, seed)[:count]
 

@@ -314,7 +314,8 @@ def video_command(arguments: argparse.Namespace) -> None:
         (arguments.out / "scores.json").unlink(missing_ok=True)  # of an earlier call
     else:
         scores = score_clip(predicted, items, names)
-        write_json(arguments.out / "scores.json", scores)
+        named = {items[int(number)].name: miou for number, miou in scores["frames"].items()}
+        write_json(arguments.out / "scores.json", scores | {"frames": named})
         start_at = min(given)
         at = ", ".join(f"{100 * scores['frames'][str(start_at + n)]:.1f} at frame {n}" for n in FRAMES
                        if str(start_at + n) in scores["frames"])  # fmt: skip
