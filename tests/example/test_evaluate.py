@@ -195,6 +195,12 @@ def test_averaged_network_of_a_run_without_one(scenes, tmp_path, capsys):
     assert "latest.pt holds no averaged network, only trained" in capsys.readouterr().err
 
 
+def test_every_run_that_is_missing_is_named(finished, capsys):
+    assert main(["evaluate", "--run", "runs/first", str(finished), "runs/second"]) == 2
+    expected = "error: runs/first, runs/second: expected a run folder with latest.pt, found none\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.slow
 def test_evaluate_needs_one_mode_one_window_and_the_same_classes(finished, scenes, tmp_path, capsys):
     other = make_config(TINY | {"data": str(scenes), "crop_size": 40, "evaluation": "sliding_window"})

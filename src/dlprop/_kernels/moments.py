@@ -12,7 +12,7 @@ from .products import wants_plain_formula
 # Pixels that exist less a mean at a time: few enough for the cache, many enough to be a matrix product.
 PIXELS = 4096
 # Shares of 1 are centred on the mean of at least this part of the pixels: what that is off by, `n gap^2`, is at most
-# seven times their scatter, so of the digits nothing that counts is lost when it is taken away.
+# seven times their scatter, and taking it away costs at most three bits.
 PART = 8
 # Rows of the scatter at a time. It is symmetric: what is right of its diagonal blocks mirrors what is left of them.
 ROWS = 128
