@@ -201,6 +201,24 @@ def test_signed_features_do_not_explode(similarity, normalize):
     assert out.abs().max() < 5000
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", ["l1", "l2", None])
+@pytest.mark.parametrize("scheme", ["forward", "central", "sum", "laplacian"])
+@similarities
+def test_degrees_that_are_roundings_count_as_none(similarity, scheme, normalize, dtype):
+    """Every vector has its negative, so all degrees are 0 but for roundings; divided by these, logits were 1e16."""
+    options = {"similarity": similarity, "scheme": scheme, "normalize": normalize, "weights": (0.5, 9.0)}
+    half = torch.randn(2, 7, 50, dtype=torch.float64).to(dtype)
+    for size in (1.0, 1e-4, 300.0):
+        V = size * torch.cat((half, -half), dim=2)
+        L = torch.randn(2, 3, 100, dtype=torch.float64).to(dtype)
+        assert torch.equal(propagate("degree", L, V, **options), L)
+        assert not propagate("degree", L, V, V.flip(2), **options).any()
+        ones = torch.ones_like(L)  # come back where degrees are no roundings, however small the features
+        affine = propagate("degree", ones, V.abs(), V.flip(2).abs(), **options | {"weights": (1.0,)})
+        assert_close(affine, ones.double().numpy(), "propagation")
+
+
 def test_infinite_degrees_are_not_hidden():
     """No degree is above a thousandth of an infinite mean; that is no reason to keep the logits."""
     for weights in ((1.0,), (1.0, 1.0)):

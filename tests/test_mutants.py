@@ -83,6 +83,12 @@ def _isolated():
     assert_close(actual, propagation_cases.expected("degree", logits, feats, **options), "propagation")
 
 
+def _cancelled():
+    """Every vector has its negative: degrees that are roundings."""
+    logits, feats = torch.randn(2, 3, 50), torch.randn(2, 7, 25)
+    assert torch.equal(propagation_cases.propagate("degree", logits, torch.cat((feats, -feats), 2)), logits)
+
+
 def _softmax_gradients():
     """The op and all its gradients against autograd on the formula, with similarities far apart."""
     leaves = [x.requires_grad_() for x in (*affinity_inputs(M=15, K=18), normal(2, 18, seed=5))]
@@ -210,6 +216,7 @@ CASES = {
     "mean": lambda: _propagation("mean"),
     "degree": lambda: _propagation("degree"),
     "isolated": _isolated,
+    "cancelled": _cancelled,
     "cosine": lambda: _propagation("sum", similarity="cosine", weights=(2.0, 0.5), target_grid=(2, 5)),
     "softmax": lambda: _propagation("softmax", weights=(3.0, 1.0), chunk_size=4),
     "softmax of another image": lambda: _propagation("softmax", target_grid=(2, 5), normalize="l2"),
@@ -499,8 +506,8 @@ WINDOW = {
 LINEAR = {
     "counts not multiplied": ("L = sources.weighted(sources.logits)", "L = sources.logits", ["sum", "mean", "degree"]),
     "counts missing in the degree": (
-        "sources.weighted(torch.ones_like(L[:, :1]))",
-        "torch.ones_like(L[:, :1])",
+        "ones = sources.weighted(torch.ones_like(L[:, :1]))",
+        "ones = torch.ones_like(L[:, :1])",
         ["degree"],
     ),
     "mean's count": (
@@ -510,6 +517,7 @@ LINEAR = {
     ),
     "degree threshold of nothing": ("SMALLEST_DEGREE = 1e-3", "SMALLEST_DEGREE = 0.0", ["isolated"]),
     "degree threshold of a fifth": ("SMALLEST_DEGREE = 1e-3", "SMALLEST_DEGREE = 0.2", ["isolated"]),
+    "degree threshold without rounding": ("DEGREE_ROUNDINGS = 8", "DEGREE_ROUNDINGS = 0", ["cancelled"]),
     "nothing for the isolated": ("torch.where(is_isolated, own,", "torch.where(is_isolated, 0 * own,", ["isolated"]),
     "sources not normalised": ("low_rank(L * norm,", "low_rank(L,", ["sum", "mean"]),
     "targets not normalised": ("self.scheme) * target_norm)", "self.scheme))", ["sum", "mean"]),

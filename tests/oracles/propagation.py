@@ -122,7 +122,8 @@ def propagate(
             out = out / total if total > 0 else np.zeros_like(out)
         elif scale == "degree":
             degree = counts @ S
-            smallest = np.abs(degree).mean() / 1000
+            rounding = 8 * np.finfo(S.dtype).eps * counts.sum() * np.abs(S).max()
+            smallest = max(np.abs(degree).mean() / 1000, rounding)
             for j in range(out.shape[1]):
                 if degree[j] <= smallest:
                     out[:, j] = 0.0 if cross else own[:, j]

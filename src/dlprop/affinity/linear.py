@@ -18,6 +18,10 @@ Scale = Literal["sum", "mean", "degree"]
 
 # A degree that is not above this share of the mean absolute degree of its image is rounding or cancellation.
 SMALLEST_DEGREE = 1e-3
+# Nor is one that is not above so many roundings of what it would be if all sources were alike.
+DEGREE_ROUNDINGS = 8
+# The most that one order of the difference lengthens a vector.
+GAIN = {"forward": 2, "central": 1, "sum": 2, "laplacian": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +39,8 @@ class Linear(Orders):
         similarity: "dot" or "cosine", see `derivative_similarity`.
         scale: "sum" is Eq. 4; "mean" divides by the number of sources; "degree" divides by `\sum_i S_ij`, an affine
             combination of the logits. It is meant for non-negative features: a target whose degree is not above 0.001
-            of the mean absolute degree of its image keeps its own logits, as all do in an image without a source (gets
-            0 where `target_feats` is given).
+            of the mean absolute degree of its image, or no more than rounding, keeps its own logits, as all do in an
+            image without a source (gets 0 where `target_feats` is given).
 
     Raises:
         TypeError: options of the wrong type.
@@ -67,14 +71,27 @@ class Linear(Orders):
         self.check_channels(sources.feats)
         L = sources.weighted(sources.logits)
         if self.scale == "degree":  # one more class, of which every source has 1: propagated, it is the degree
-            L = torch.cat((L, sources.weighted(torch.ones_like(L[:, :1]))), dim=1)
+            ones = sources.weighted(torch.ones_like(L[:, :1]))
+            L = torch.cat((L, ones), dim=1)
         out = self._dot(L, sources, targets) if self.similarity == "dot" else self._cosine(L, sources, targets)
         if self.scale == "mean":
             if sources.counts is None:
                 return out / L.shape[2]
             total = sources.weighted(torch.ones_like(sources.counts)).sum(dim=2, keepdim=True)
             return out / torch.where(total == 0, 1, total)
-        return _over_degree(out, targets.logits) if self.scale == "degree" else out
+        if self.scale == "degree":
+            rounding = DEGREE_ROUNDINGS * torch.finfo(out.dtype).eps * ones.sum(dim=2, keepdim=True)
+            return _over_degree(out, targets.logits, rounding * self._largest_similarity(sources, targets))
+        return out
+
+    def _largest_similarity(self, sources: Pixels, targets: Pixels) -> Tensor | float:
+        """A bound on the similarities of an image, (N, 1, 1) or one for all."""
+        if self.similarity == "cosine":
+            return sum(map(abs, self.weights), 0.0)
+        bound = sum((abs(w) * GAIN[self.scheme] ** (2.0 * q) for q, w in enumerate(self.weights)), 0.0)
+        if self.normalize is not None:  # no vector is longer than 1
+            return bound
+        return bound * _longest(sources.feats) * _longest(targets.feats)
 
     def _dot(self, L: Tensor, sources: Pixels, targets: Pixels) -> Tensor:
         """`((L V^T) K) V'`; the norms of the pixels fold into `L` and into the output."""
@@ -96,9 +113,15 @@ class Linear(Orders):
         return torch.stack(terms).sum(dim=0)
 
 
-def _over_degree(out: Tensor, own: Tensor) -> Tensor:
+def _longest(V: Tensor) -> Tensor:
+    """The length of the longest vector of an image, (N, 1, 1)."""
+    lengths: Tensor = torch.linalg.vector_norm(V.detach(), dim=1, keepdim=True)
+    return lengths.amax(dim=2, keepdim=True)
+
+
+def _over_degree(out: Tensor, own: Tensor, rounding: Tensor) -> Tensor:
     """Divide by the degree in the last channel of ``out``, or fall back on a target's ``own`` logits."""
     degree = out[:, -1:]
-    smallest = SMALLEST_DEGREE * degree.abs().mean(dim=2, keepdim=True)
+    smallest = torch.maximum(SMALLEST_DEGREE * degree.abs().mean(dim=2, keepdim=True), rounding)
     is_isolated = (degree <= smallest) & (smallest < torch.inf)  # false for NaN and inf, which therefore show
     return torch.where(is_isolated, own, out[:, :-1] / torch.where(is_isolated, 1, degree))
