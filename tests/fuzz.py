@@ -2,7 +2,8 @@
 
 Affinities, options, grids, masks, precisions and strides are drawn together. Where a result hangs on the last digits of
 its inputs (a degree or the norm of a difference that cancels, a sharp softmax), no tolerance fits all calls: the error
-allowed is that of the table plus what the oracle itself moves by when its inputs are moved by a rounding or so.
+allowed is that of the table plus what the oracle itself moves by when its inputs, or the features once normalised, are
+moved by a rounding or so.
 """
 
 import os
@@ -144,12 +145,12 @@ def scenes(draw, dtype, D, *, one_grid=False):
 # What is compared
 
 
-def moved(tensors, dtype, way):
-    """The tensors as float64 with every entry moved by some roundings of its pixel's largest; zeros stay zeros.
+def moved(tensors, step, way):
+    """The tensors as float64 with every entry moved by at most a step of its pixel's largest; zeros stay zeros.
 
     Where a difference is a rounding itself, one `way` of 1 and -1 turns its sign.
     """
-    step, generator = ROUNDINGS * torch.finfo(F64 if dtype == F64 else F32).eps, torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     out = []
     for x in tensors:
         if x is not None and x.is_floating_point():
@@ -161,15 +162,31 @@ def moved(tensors, dtype, way):
     return out
 
 
-def compare(library, reference, tensors, kind):
-    """The library against the oracle, which both return a list of arrays; the inputs stay as they are."""
+def normalized(feats, normalize):
+    """Features (N, D, ...) as the oracle normalises them."""
+    images = [oracle.normalize(v.double().numpy(), normalize) for v in feats.flatten(2)]
+    return torch.from_numpy(np.stack(images)).view(feats.shape)
+
+
+def compare(library, reference, tensors, kind, *, normalize=None, features=slice(0), least=lambda wanted, step: 0.0):
+    """The library against the oracle, which both return a list of arrays; the inputs stay as they are.
+
+    With `normalize` the oracle is also asked about the normalised `features` among the tensors, moved: of one channel
+    these are signs, however the inputs are moved. `least` is a slack for all that `wanted` holds.
+    """
     dtype = next(x.dtype for x in tensors if x is not None and x.is_floating_point())
+    step = ROUNDINGS * torch.finfo(F64 if dtype == F64 else F32).eps
     before = [None if x is None else x.clone() for x in tensors]
     wanted = reference(*tensors)
     assume(dtype != F16 or all(np.abs(y).max(initial=0) < LARGEST for y in wanted))
-    outputs, *others = library(*tensors), *(reference(*moved(tensors, dtype, way)) for way in (1, -1))
+    outputs, *others = library(*tensors), *(reference(*moved(tensors, step, way)) for way in (1, -1))
+    if normalize is not None:
+        unit = list(tensors)
+        unit[features] = [None if x is None else normalized(x, normalize) for x in unit[features]]
+        others.append(reference(*moved(unit, step, 1), normalize=None))
     for actual, expected, *beside, name in zip(outputs, wanted, *others, kind, strict=True):
         slack = ROUNDINGS * max(np.abs(np.asarray(expected) - other).max(initial=0) for other in beside)
+        slack += least(wanted, step)
         assert_close(actual, expected, name, dtype, slack=slack)
     for x, y in zip(tensors, before, strict=True):
         assert x is None or torch.equal(x, y)
@@ -196,9 +213,11 @@ def test_propagation(data, dtype, form, number):
         options["chunk_size"] = data.draw(st.none() | st.integers(1, 40))
     compare(
         lambda *x: [propagation_cases.propagate(form, *x, **options)],
-        lambda *x: [propagation_cases.expected(form, *x, **options)],
+        lambda *x, **changed: [propagation_cases.expected(form, *x, **options | changed)],
         tensors,
         ["propagation"],
+        normalize=options["normalize"],
+        features=slice(1, 3),
     )
 
 
@@ -279,7 +298,12 @@ def test_the_loss_and_its_gradient(data, dtype, norm, number):
         value = DerivativeLoss(**options, **more)(leaf, target, mask=mask)
         return [value.detach(), torch.autograd.grad(value.sum(), leaf)[0]]
 
-    compare(library, reference, (feats, target), ["loss", "gradient"])
+    def of_the_gradient(wanted, step):
+        """That of the terms that cancel in it: features of zeros have none themselves."""
+        largest = max(float(x.abs().max()) for x in (feats, target) if x.is_floating_point())
+        return step * float(np.max(wanted[0])) / largest if largest > 0 else 0.0
+
+    compare(library, reference, (feats, target), ["loss", "gradient"], least=of_the_gradient)
 
 
 @fuzz("similarity")
@@ -292,7 +316,7 @@ def test_similarity(data, dtype, similarity, number):
     tensors = (data.draw(tensor(dtype, N, D, M)), data.draw(st.none() | tensor(dtype, N, D, K)))
     query = data.draw(st.none() | st.lists(st.integers(0, M - 1), min_size=1, max_size=4))
 
-    def reference(feats, target_feats):
+    def reference(feats, target_feats, normalize=normalize):
         out = []
         for n in range(N):
             V, W = (
@@ -308,4 +332,4 @@ def test_similarity(data, dtype, similarity, number):
         options = {"order": order, "scheme": scheme, "normalize": normalize, "similarity": similarity}
         return [derivative_similarity(feats, target_feats, query=rows, **options)]
 
-    compare(library, reference, tensors, ["similarity"])
+    compare(library, reference, tensors, ["similarity"], normalize=normalize, features=slice(0, 2))
