@@ -1,7 +1,8 @@
 """Command line: `python -m examples.derprop_voc <command>`; `--help` on a command lists its options.
 
 Exit codes: 0 done, 1 unforeseen error (with its traceback), 2 bad options, data or checkpoint, or a folder that cannot
-be written (one line says which), 3 the loss diverged, 130 interrupted, 141 the reader of the output is gone.
+be written (one line says which), 3 the loss diverged, 130 interrupted, 141 the reader of the output is gone, 143 ended
+by SIGTERM.
 """
 
 import argparse
