@@ -145,19 +145,19 @@ def scenes(draw, dtype, D, *, one_grid=False):
 # What is compared
 
 
-def moved(tensors, step, way):
-    """The tensors as float64 with every entry moved by at most a step of its pixel's largest; zeros stay zeros.
+def moved(tensors, step, way, *, zeros=False):
+    """The tensors as float64 with every entry moved by at most a step of its pixel's largest.
 
-    Where a difference is a rounding itself, one `way` of 1 and -1 turns its sign.
+    Where a difference is a rounding itself, one `way` of 1 and -1 turns its sign. Pixels of zeros stay, unless `zeros`.
     """
     generator = torch.Generator().manual_seed(0)
     out = []
     for x in tensors:
         if x is not None and x.is_floating_point():
             x = x.double()
-            x = x + way * step * x.abs().amax(1, keepdim=True) * (
-                2 * torch.rand(x.shape, generator=generator, dtype=F64) - 1
-            )
+            size = x.abs().amax(1, keepdim=True)
+            size = size.clamp_min(float(size.max())) if zeros else size
+            x = x + way * step * size * (2 * torch.rand(x.shape, generator=generator, dtype=F64) - 1)
         out.append(x)
     return out
 
@@ -168,11 +168,12 @@ def normalized(feats, normalize):
     return torch.from_numpy(np.stack(images)).view(feats.shape)
 
 
-def compare(library, reference, tensors, kind, *, normalize=None, features=slice(0), least=lambda wanted, step: 0.0):
+def compare(library, reference, tensors, kind, *, features=None, zeros=False, least=lambda wanted, step: 0.0):
     """The library against the oracle, which both return a list of arrays; the inputs stay as they are.
 
-    With `normalize` the oracle is also asked about the normalised `features` among the tensors, moved: of one channel
-    these are signs, however the inputs are moved. `least` is a slack for all that `wanted` holds.
+    With `features`, which are some of the tensors, and how they are normalised, the oracle is also asked about the
+    normalised ones, moved: of one channel these are signs, however the inputs are moved. `zeros` among them move where
+    they are interpolated. `least` is a slack for all that is wanted.
     """
     dtype = next(x.dtype for x in tensors if x is not None and x.is_floating_point())
     step = ROUNDINGS * torch.finfo(F64 if dtype == F64 else F32).eps
@@ -180,10 +181,11 @@ def compare(library, reference, tensors, kind, *, normalize=None, features=slice
     wanted = reference(*tensors)
     assume(dtype != F16 or all(np.abs(y).max(initial=0) < LARGEST for y in wanted))
     outputs, *others = library(*tensors), *(reference(*moved(tensors, step, way)) for way in (1, -1))
-    if normalize is not None:
+    if features is not None:
+        which, normalize = features
         unit = list(tensors)
-        unit[features] = [None if x is None else normalized(x, normalize) for x in unit[features]]
-        others.append(reference(*moved(unit, step, 1), normalize=None))
+        unit[which] = [None if x is None else normalized(x, normalize) for x in unit[which]]
+        others.append(reference(*moved(unit, step, 1, zeros=zeros), normalize=None))
     for actual, expected, *beside, name in zip(outputs, wanted, *others, kind, strict=True):
         slack = ROUNDINGS * max(np.abs(np.asarray(expected) - other).max(initial=0) for other in beside)
         slack += least(wanted, step)
@@ -216,8 +218,8 @@ def test_propagation(data, dtype, form, number):
         lambda *x, **changed: [propagation_cases.expected(form, *x, **options | changed)],
         tensors,
         ["propagation"],
-        normalize=options["normalize"],
-        features=slice(1, 3),
+        features=(slice(1, 3), options["normalize"]),
+        zeros=options["resolution"] == "logits",
     )
 
 
@@ -332,4 +334,16 @@ def test_similarity(data, dtype, similarity, number):
         options = {"order": order, "scheme": scheme, "normalize": normalize, "similarity": similarity}
         return [derivative_similarity(feats, target_feats, query=rows, **options)]
 
-    compare(library, reference, tensors, ["similarity"], normalize=normalize, features=slice(0, 2))
+    def of_the_distance(wanted, step):
+        """That of the squares of length that cancel in it, in float64."""
+        if similarity != "gaussian":
+            return 0.0
+        longest = max(
+            np.square(oracle.difference(oracle.normalize(v.double().numpy(), normalize), order, scheme)).sum(0).max()
+            for x in tensors
+            if x is not None
+            for v in x
+        )
+        return ROUNDINGS * np.finfo(np.float64).eps * longest
+
+    compare(library, reference, tensors, ["similarity"], features=(slice(0, 2), normalize), least=of_the_distance)
