@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._kernels.products import low_rank
+from ..difference import difference
 from ..features import Pixels, inverse_norm
 from ._orders import Orders
 
@@ -18,7 +19,7 @@ Scale = Literal["sum", "mean", "degree"]
 
 # A degree that is not above this share of the mean absolute degree of its image is rounding or cancellation.
 SMALLEST_DEGREE = 1e-3
-# Nor is one that is not above so many roundings of what it would be if all sources were alike.
+# So is one that is not above so many roundings of what its terms would add up to if none cancelled.
 DEGREE_ROUNDINGS = 8
 # The most that one order of the difference lengthens a vector.
 GAIN = {"forward": 2, "central": 1, "sum": 2, "laplacian": 4}
@@ -80,18 +81,26 @@ class Linear(Orders):
             total = sources.weighted(torch.ones_like(sources.counts)).sum(dim=2, keepdim=True)
             return out / torch.where(total == 0, 1, total)
         if self.scale == "degree":
-            rounding = DEGREE_ROUNDINGS * torch.finfo(out.dtype).eps * ones.sum(dim=2, keepdim=True)
-            return _over_degree(out, targets.logits, rounding * self._largest_similarity(sources, targets))
+            rounding = DEGREE_ROUNDINGS * torch.finfo(out.dtype).eps * self._uncancelled(ones, sources, targets)
+            return _over_degree(out, targets.logits, rounding)
         return out
 
-    def _largest_similarity(self, sources: Pixels, targets: Pixels) -> Tensor | float:
-        """A bound on the similarities of an image, (N, 1, 1) or one for all."""
+    def _uncancelled(self, ones: Tensor, sources: Pixels, targets: Pixels) -> Tensor:
+        """What the terms of a target's degree would add up to, or more, if none cancelled: (N, 1, M') or (N, 1, 1)."""
         if self.similarity == "cosine":
-            return sum(map(abs, self.weights), 0.0)
-        bound = sum((abs(w) * GAIN[self.scheme] ** (2.0 * q) for q, w in enumerate(self.weights)), 0.0)
-        if self.normalize is not None:  # no vector is longer than 1
-            return bound
-        return bound * _longest(sources.feats) * _longest(targets.feats)
+            return ones.sum(dim=2, keepdim=True) * sum(map(abs, self.weights))
+        V, W = (x.detach() for x in self.normalized_at_points(sources, targets))
+        totals = [(sources.gather(ones) * x).sum(dim=2, keepdim=True) for x in self._lengths(V)]
+        lengths = self._lengths(W)
+        bound = torch.zeros_like(lengths[0])
+        for q, w in enumerate(self.weights):
+            bound += abs(w) * GAIN[self.scheme] ** q * (totals[0] * lengths[q] + totals[q] * lengths[0])
+        return targets.upsample(bound)
+
+    def _lengths(self, V: Tensor) -> list[Tensor]:
+        """The lengths (N, 1, m) of the differences of every order."""
+        orders = (difference(V, q, 1, self.scheme) for q in range(len(self.weights)))
+        return [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in orders]
 
     def _dot(self, L: Tensor, sources: Pixels, targets: Pixels) -> Tensor:
         """`((L V^T) K) V'`; the norms of the pixels fold into `L` and into the output."""
@@ -111,12 +120,6 @@ class Linear(Orders):
         columns = rows if W is V else self.unit_differences(W)
         terms = [w * ((L @ Z.mT) @ Z_target) for w, Z, Z_target in zip(self.weights, rows, columns, strict=True)]
         return torch.stack(terms).sum(dim=0)
-
-
-def _longest(V: Tensor) -> Tensor:
-    """The length of the longest vector of an image, (N, 1, 1)."""
-    lengths: Tensor = torch.linalg.vector_norm(V.detach(), dim=1, keepdim=True)
-    return lengths.amax(dim=2, keepdim=True)
 
 
 def _over_degree(out: Tensor, own: Tensor, rounding: Tensor) -> Tensor:
