@@ -164,7 +164,10 @@ def test_medium_of_the_loss(precision, num_anchors):
         assert _error(actual[1], exact[1]) < 0.03
     assert _error(actual[0], before[0].double()) < 1e-2
     assert not torch.equal(actual[1], before[1])
-    compiled = step(F32, torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    function = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    step(F32, function)
+    precision("medium")  # once more: torch 2.6 turns it to "high" while it compiles
+    compiled = step(F32, function)
     assert_close(compiled[0], actual[0], "bfloat16")  # the compiler rounds what comes before in another order
     assert _error(compiled[1], actual[1].double()) < 0.03
     assert not torch.equal(compiled[1], before[1])

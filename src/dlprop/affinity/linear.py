@@ -92,10 +92,11 @@ class Linear(Orders):
         V, W = (x.detach() for x in self.normalized_at_points(sources, targets))
         totals = [(sources.gather(ones) * x).sum(dim=2, keepdim=True) for x in self._lengths(V)]
         lengths = self._lengths(W)
-        bound = torch.zeros_like(lengths[0])
-        for q, w in enumerate(self.weights):
-            bound += abs(w) * GAIN[self.scheme] ** q * (totals[0] * lengths[q] + totals[q] * lengths[0])
-        return targets.upsample(bound)
+        terms = [
+            abs(w) * GAIN[self.scheme] ** q * (totals[0] * lengths[q] + totals[q] * lengths[0])
+            for q, w in enumerate(self.weights)
+        ]
+        return targets.upsample(torch.stack(terms).sum(dim=0))
 
     def _lengths(self, V: Tensor) -> list[Tensor]:
         """The lengths (N, 1, m) of the differences of every order."""
