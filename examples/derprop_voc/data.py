@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,18 @@ def check_image(path: Path) -> tuple[int, int]:
                 f"{path}: expected an image of 8 bits a channel, found mode {image.mode}; scale it to these"
             )
         return image.size[::-1] if _orientation(image) >= 5 else image.size
+
+
+def shape_warning(sizes: Iterable[tuple[int, int]], image_size: Sequence[int]) -> str:
+    """A line, if resizing to (height, width) changes the shape of most images, (width, height), by over a quarter."""
+    height, width = image_size
+    wanted, stored = width / height, median(w / h for w, h in sizes)
+    if max(wanted / stored, stored / wanted) <= 1.25:
+        return ""
+    return (
+        f"warning: image_size {height} {width} (height, width) makes images {wanted:.2f} times as wide as high, "
+        f"and they are {stored:.2f} times; is {width} {height} meant?\n"
+    )
 
 
 def _orientation(image: Image.Image) -> int:

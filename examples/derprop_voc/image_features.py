@@ -120,7 +120,10 @@ def make_describe(
         is_frozen = isinstance(network, FrozenNetwork)
         describe = network_features(network, of_backbone=of_backbone)
     if highest >= len(names):
-        raise DataError(f"{labels}: expected labels 0 to {len(names) - 1} or {VOID}, found {highest}")
+        whose = "the run" if arguments.run else "--class-names"
+        raise DataError(
+            f"{labels}: expected labels 0 to {len(names) - 1} or {VOID}, the classes of {whose}, found {highest}"
+        )
 
     def of_image(path: Path) -> tuple[Tensor, Tensor | None]:
         image = read_image(path)

@@ -1,6 +1,7 @@
 """`inspect`: what a data set and a partition hold, after the checks that training makes."""
 
 import argparse
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -9,7 +10,7 @@ import numpy as np
 
 from .cache import grid_of_features
 from .config import add_config_arguments, config_from_arguments
-from .data import Data, check_image, find_places, load_data, read_mask
+from .data import Data, check_image, find_places, load_data, read_mask, shape_warning
 from .sources import VOID, Item, find_source
 from .split import checksum
 
@@ -47,21 +48,9 @@ def inspect_command(arguments: argparse.Namespace) -> None:
     if both:
         print(f"note: {len(both)} labelled images are in the unlabelled list, too")
     if config.image_size:
-        print(shape_warning(sizes, config.image_size), end="")
+        print(shape_warning(itertools.chain(*sizes.values()), config.image_size), end="")
     if config.cache_features:
         grid_of_features(config, [*data.labeled, *data.unlabeled, *data.val])
-
-
-def shape_warning(sizes: Sizes, image_size: Sequence[int]) -> str:
-    """A line, if resizing to (height, width) changes the shape of most images by more than a quarter."""
-    height, width = image_size
-    wanted, stored = width / height, median(w / h for of_list in sizes.values() for w, h in of_list)
-    if max(wanted / stored, stored / wanted) <= 1.25:
-        return ""
-    return (
-        f"warning: image_size {height} {width} (height, width) makes images {wanted:.2f} times as wide as high, "
-        f"and they are {stored:.2f} times; is {width} {height} meant?\n"
-    )
 
 
 def size_table(sizes: Sizes) -> str:

@@ -80,7 +80,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     )
     out = arguments.out or paths[0].parent / f"evaluation_{results['mode']}.json"
     write_json(out, results | {"device": str(device)})
-    print(f"{table(results)}\nWrote {out}")
+    print(f"{table(results)}\nAll of it is in {out}")
 
 
 def score_checkpoints(

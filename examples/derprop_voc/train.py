@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 
 from .cache import CachedFeatures, cache_place, feature_maps, fill_cache, read_cache
 from .config import Config, add_config_arguments, config_from_arguments
-from .data import Data, load_data
+from .data import Data, check_image, load_data, shape_warning
 from .distributed import make_fabric, rank, world_size
 from .errors import ConfigError
 from .files import held, versions, write_json, write_yaml
@@ -79,6 +79,8 @@ def _run(fabric: Fabric, config: Config, data: Data, *, resume: bool, progress: 
             f"global batch {each}; {world_size()} process(es) on {fabric.device.type}\n{method(config)}",
             flush=True,
         )
+        if config.image_size:
+            print(shape_warning([check_image(x.image) for x in data.labeled], config.image_size), end="", flush=True)
         if config.weights in UNTRAINED and not checkpoint:
             kept = "and stays so: only the head is trained" if config.freeze_backbone else "and is trained from scratch"
             print(f"note: weights: {config.weights}, so the backbone starts from random numbers, {kept}", flush=True)

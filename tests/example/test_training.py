@@ -284,6 +284,12 @@ def test_a_checkpoint_gives_its_networks(momentum_network, variant, scenes, tmp_
         assert all(torch.equal(value, saved["averager"][f"module.{name}"]) for name, value in weights.items())
 
 
+@pytest.mark.parametrize("size", [(40, 48), (48, 40)])
+def test_a_run_warns_of_height_and_width_that_may_be_swapped(scenes, tmp_path, capsys, size):
+    run(tiny(scenes, tmp_path, image_size=size, steps=1, variant="supervised"), progress=False)
+    assert ("is 40 48 meant?" in capsys.readouterr().out) == (size == (48, 40))
+
+
 def test_divergence_names_the_images(scenes, tmp_path, capsys):
     options = {"lr": 1e30, "steps": 8, "variant": "supervised"}
     with pytest.raises(DivergedError, match=r"loss is \S+ at step \d, on images labeled_\d+, labeled_\d+; try a lower"):

@@ -325,7 +325,11 @@ def test_without_truth_there_are_no_scores(clip, tmp_path, capsys):
         (["--sharpness", "inf"], ConfigError, "sharpness: expected a number above 0, got inf"),
         (["--doubt", "nan"], ConfigError, "doubt: expected a number of at least 0, got nan"),
         (["--weights", "none"], ConfigError, "weights: expected a file or timm for a frozen backbone"),
-        (["--class-names", "sky", "road"], DataError, "expected labels 0 to 1 or 255, found"),
+        (
+            ["--class-names", "sky", "road"],
+            DataError,
+            "expected labels 0 to 1 or 255, the classes of --class-names, found",
+        ),
         (["--enlarge", "0"], ConfigError, "enlarge: expected above 0, got 0.0"),
         (["--frames", "clpi"], ConfigError, "frames: expected a folder of images, or a list of them, found no clpi"),
     ],
