@@ -157,9 +157,11 @@ def shape_warning(sizes: Iterable[tuple[int, int]], image_size: Sequence[int]) -
     wanted, stored = width / height, median(w / h for w, h in sizes)
     if max(wanted / stored, stored / wanted) <= 1.25:
         return ""
+    swapped = 1 / wanted
+    way_out = f"; is {width} {height} meant?" if max(swapped / stored, stored / swapped) <= 1.25 else ""
     return (
         f"warning: image_size {height} {width} (height, width) makes images {wanted:.2f} times as wide as high, "
-        f"and they are {stored:.2f} times; is {width} {height} meant?\n"
+        f"and they are {stored:.2f} times{way_out}\n"
     )
 
 

@@ -63,6 +63,11 @@ def test_height_and_width_that_may_be_swapped(folder, capsys, size, swapped):
     assert ("warning: image_size" in stdout) == swapped
 
 
+def test_another_shape_is_no_swap(folder, capsys):
+    _, stdout, _ = command(capsys, "inspect", "--data", folder, "--partition", "half", "--image-size", 4, 8)
+    assert "makes images 2.00 times as wide as high, and they are 1.33 times\n" in stdout
+
+
 def test_a_partition_without_validation_images_says_how_to_get_some(folder, capsys):
     (folder / "ImageSets" / "Segmentation" / "val.txt").unlink()
     code, _, stderr = command(capsys, "inspect", "--data", folder, "--partition", "half")
