@@ -219,6 +219,20 @@ def test_degrees_that_are_roundings_count_as_none(similarity, scheme, normalize,
         assert_close(affine, ones.double().numpy(), "propagation")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("normalize", ["l1", "l2", None])
+def test_differences_of_smooth_features(normalize, dtype):
+    """Of order 1 alone: degrees between constant vectors and others are roundings, between slight ramps not."""
+    options = {"normalize": normalize, "weights": (0.0, 1.0)}
+    constant, L = torch.rand(2, 1, 50, dtype=dtype).expand(-1, 7, -1) + 0.3, torch.randn(2, 3, 50, dtype=dtype)
+    other = torch.rand(2, 7, 50, dtype=dtype)
+    assert not propagate("degree", L, other, constant, **options).any()
+    assert not propagate("degree", L, constant, other, **options).any()
+    ramps = constant + 0.01 * torch.arange(7, dtype=dtype)[:, None]
+    ones = torch.ones_like(L)
+    assert_close(propagate("degree", ones, ramps, ramps.flip(2), **options), ones.double().numpy(), "propagation")
+
+
 def test_infinite_degrees_are_not_hidden():
     """No degree is above a thousandth of an infinite mean; that is no reason to keep the logits."""
     for weights in ((1.0,), (1.0, 1.0)):
